@@ -1,0 +1,1 @@
+"""Offline: data, training, evaluation, and the export of what was learnt to a bundle."""
