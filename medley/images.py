@@ -25,7 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from medley.errors import ImageError
 
-__all__ = ["ImageLimits", "decode"]
+__all__ = ["DEFAULT_LIMITS", "ImageLimits", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,10 @@ class ImageLimits:
     max_aspect: int = 200
 
 
-def decode(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
+DEFAULT_LIMITS = ImageLimits()
+
+
+def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode one image file completely.
 
     Returns:
@@ -53,7 +56,6 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
             before anything is decoded), `not_an_image` (none of the accepted formats) or
             `undecodable` (damaged or truncated).
     """
-    limits = limits or ImageLimits()
     if not data:
         raise ImageError("the image is empty (0 bytes)", code="empty")
     if len(data) > limits.max_bytes:
@@ -70,7 +72,7 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
         # A GIF frame larger than its screen: Pillow enlarges the screen and does its own check.
         raise ImageError("the image has too many pixels", code="too_many_pixels") from error
     except Exception as error:
-        # Decoders of damaged files raise whatever they stumble on (OSError, SyntaxError, ValueError,
+        # Decoders of damaged files raise whatever they stumble on (OSError, SyntaxError,
         # struct.error, IndexError, ...): here is the border where all of it becomes one error.
         raise ImageError("the image is damaged or truncated", code="undecodable") from error
 

@@ -1,0 +1,302 @@
+"""medley/images.py: ordinary files as Pillow reads them, odd ones put right, bad ones refused."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from medley.errors import ImageError
+from medley.images import DEFAULT_LIMITS, ImageLimits, decode
+
+
+def photo(size: tuple[int, int] = (40, 30)) -> Image.Image:
+    width, height = size
+    y_HW, x_HW = np.mgrid[0:height, 0:width]
+    channels = [x_HW * 255 // width, y_HW * 255 // height, (x_HW * 7 + y_HW * 13) % 256]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def code_of(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode(data, limits)
+    return caught.value.code
+
+
+def decode_or_code(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image | str:
+    try:
+        return decode(data, limits)
+    except ImageError as error:
+        return error.code
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    crc = zlib.crc32(kind + body)
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+
+def zipped_rows(width: int, height: int) -> bytes:
+    """Compress row by row, so that the test itself never holds the pixels."""
+    squeeze = zlib.compressobj(9)
+    row = bytes(1 + width)
+    return b"".join(squeeze.compress(row) for _ in range(height)) + squeeze.flush()
+
+
+def black_png(width: int, height: int, pixels: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def with_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_an_ordinary_image_is_exactly_what_pillow_reads(kind: str) -> None:
+    data = encode(photo(), kind)
+    image = decode(data)
+    assert image.mode == "RGB"
+    assert image.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_a_1x1_image_is_fine(kind: str) -> None:
+    assert decode(encode(photo((1, 1)), kind)).size == (1, 1)
+
+
+def test_no_bytes_are_called_empty() -> None:
+    assert code_of(b"") == "empty"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"hello", b"<svg/>", b"%PDF-1.7", b"PK\x03\x04", b"II*\0", b"\x80\x04pickle", bytes(1000)],
+)
+def test_what_is_not_an_accepted_format_is_called_so(data: bytes) -> None:
+    assert code_of(data) == "not_an_image"
+
+
+def test_more_bytes_than_the_limit_are_too_large() -> None:
+    data = encode(photo(), "PNG")
+    assert code_of(data, ImageLimits(max_bytes=len(data) - 1)) == "too_large"
+    assert decode(data, ImageLimits(max_bytes=len(data))).size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_more_pixels_than_the_limit_are_too_many(kind: str) -> None:
+    data = encode(photo(), kind)
+    assert code_of(data, ImageLimits(max_pixels=40 * 30 - 1)) == "too_many_pixels"
+    assert decode(data, ImageLimits(max_pixels=40 * 30)).size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lossless": True}, {"lossless": False}, {"exif": b"Exif\0\0"}]
+)
+def test_every_kind_of_webp_tells_its_size_before_it_is_opened(options: dict[str, Any]) -> None:
+    data = encode(photo(), "WEBP", **options)
+    assert code_of(data, ImageLimits(max_pixels=40 * 30 - 1)) == "too_many_pixels"
+    assert decode(data, ImageLimits(max_pixels=40 * 30)).size == (40, 30)
+
+
+def test_a_20000_x_20000_png_of_one_colour_has_too_many_pixels() -> None:
+    data = black_png(20_000, 20_000, zipped_rows(20_000, 20_000))
+    assert len(data) < 1_000_000
+    assert code_of(data) == "too_many_pixels"
+
+
+def test_too_many_pixels_are_told_from_the_header_without_decoding_any() -> None:
+    pixels = b"these are no compressed pixels"
+    assert code_of(black_png(20_000, 20_000, pixels)) == "too_many_pixels"
+    assert code_of(black_png(20, 20, pixels)) == "undecodable"
+
+
+def test_a_strip_that_would_explode_when_its_short_side_is_scaled_up_is_refused() -> None:
+    assert code_of(black_png(50_000, 1, zipped_rows(50_000, 1))) == "too_many_pixels"
+    assert decode(black_png(200, 1, zipped_rows(200, 1))).size == (200, 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_a_truncated_file_is_refused_or_had_lost_no_pixel(kind: str) -> None:
+    data = encode(photo(), kind)
+    whole = decode(data).tobytes()
+    for length in range(1, len(data)):
+        result = decode_or_code(data[:length])
+        if isinstance(result, str):
+            assert result in {"undecodable", "not_an_image"}
+        else:
+            assert result.tobytes() == whole
+            assert len(data) - length <= 20  # only checksums and the end mark were missing
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_half_a_file_is_undecodable(kind: str) -> None:
+    data = encode(photo(), kind)
+    assert code_of(data[: len(data) // 2]) == "undecodable"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_exif_orientation_is_applied_as_pillow_does(kind: str, orientation: int) -> None:
+    data = encode(photo(), kind, exif=with_orientation(orientation))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert decode(data).size == expected.size
+    assert decode(data).tobytes() == expected.tobytes()
+
+
+def test_both_byte_orders_of_exif_are_read() -> None:
+    body = struct.pack(">HHHIHH", 1, 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + body
+    assert decode(encode(photo(), "JPEG", exif=exif)).size == (30, 40)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0"]
+)
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(exif: bytes) -> None:
+    assert decode(encode(photo(), "JPEG", exif=exif)).size == (40, 30)
+
+
+def test_of_an_animated_gif_the_first_frame_is_the_image() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(data).getcolors() == [(64, (255, 0, 0))]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
+def test_of_an_animated_webp_or_png_the_first_frame_is_the_image(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode(data).getcolors() == [(64, (255, 0, 0))]
+
+
+def test_a_gif_frame_larger_than_its_screen_is_held_to_the_limit_too() -> None:
+    data = bytearray(encode(Image.new("P", (8, 8)), "GIF"))
+    frame = data.index(b"\x2c")
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 65535, 65535)
+    assert code_of(bytes(data)) == "too_many_pixels"
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 10_000, 9_000)
+    assert code_of(bytes(data)) == "too_many_pixels"
+
+
+def test_transparency_becomes_white() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    decoded = decode(encode(image, "PNG"))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (255, 0, 0)]
+
+
+def test_half_transparency_is_mixed_with_white() -> None:
+    decoded = decode(encode(Image.new("RGBA", (1, 1), (0, 0, 0, 128)), "PNG"))
+    assert decoded.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_grey_with_alpha_becomes_white_where_transparent() -> None:
+    decoded = decode(encode(Image.new("LA", (1, 1), (10, 0)), "PNG"))
+    assert decoded.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_palette_with_alpha_becomes_white_where_transparent() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    for x in range(3):
+        image.putpixel((x, 0), x)
+    decoded = decode(encode(image, "PNG", transparency=bytes([0, 255, 255])))
+    colours = [decoded.getpixel((x, 0)) for x in range(3)]
+    assert colours == [(255, 255, 255), (0, 255, 0), (0, 0, 255)]
+
+
+def test_one_transparent_colour_of_a_png_becomes_white() -> None:
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    decoded = decode(encode(image, "PNG", transparency=(1, 2, 3)))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (9, 9, 9)]
+
+
+def test_a_cmyk_jpeg_becomes_rgb() -> None:
+    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
+    red, green, blue = np.asarray(decode(data))[8, 8].tolist()
+    assert red > 250
+    assert green < 5
+    assert blue < 5
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    grey_HW = np.array([[0, 127, 128, 257, 32_768, 65_280, 65_535]], dtype=np.uint16)
+    decoded = np.asarray(decode(encode(Image.fromarray(grey_HW), "PNG")))
+    assert decoded.shape == (1, 7, 3)
+    assert decoded[0, :, 0].tolist() == [0, 0, 0, 1, 128, 254, 255]
+    assert (decoded[..., 0] == decoded[..., 1]).all()
+    assert (decoded[..., 0] == decoded[..., 2]).all()
+
+
+def test_16_bit_grey_with_a_transparent_value_becomes_white_there() -> None:
+    grey_HW = np.array([[0, 257]], dtype=np.uint16)
+    data = encode(Image.fromarray(grey_HW), "PNG", transparency=0)
+    assert np.asarray(decode(data))[0, :, 0].tolist() == [255, 1]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA"])
+def test_every_mode_of_png_becomes_rgb(mode: str) -> None:
+    image = photo().convert(mode)
+    decoded = decode(encode(image, "PNG"))
+    assert decoded.mode == "RGB"
+    assert decoded.tobytes() == image.convert("RGB").tobytes()
+
+
+SEEDS = [
+    encode(photo((9, 7)), "JPEG", exif=with_orientation(6)),
+    encode(photo((9, 7)), "JPEG", progressive=True),
+    encode(photo((9, 7)), "PNG"),
+    encode(photo((9, 7)).convert("P"), "PNG", transparency=3),
+    encode(Image.fromarray(np.arange(63, dtype=np.uint16).reshape(7, 9) * 1000), "PNG"),
+    encode(photo((9, 7)), "WEBP"),
+    encode(photo((9, 7)).convert("RGBA"), "WEBP", lossless=True),
+    encode(photo((9, 7)), "GIF"),
+    encode(photo((9, 7)), "BMP"),
+    encode(photo((9, 7)).convert("P"), "BMP"),
+]
+HEADS = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBPVP8 ", b"GIF89a", b"BM"]
+
+
+def check_image_or_image_error(data: bytes) -> None:
+    result = decode_or_code(data, ImageLimits(max_pixels=1_000_000))
+    if isinstance(result, str):
+        assert result in {"empty", "too_large", "too_many_pixels", "not_an_image", "undecodable"}
+    else:
+        assert result.mode == "RGB"
+        assert len(result.tobytes()) == 3 * result.width * result.height
+
+
+@given(head=st.sampled_from(HEADS), rest=st.binary(max_size=300))
+def test_any_bytes_give_an_rgb_image_or_an_image_error(head: bytes, rest: bytes) -> None:
+    check_image_or_image_error(head + rest)
+
+
+@settings(max_examples=500)
+@given(
+    data=st.sampled_from(SEEDS),
+    flips=st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), min_size=1, max_size=8),
+    cut=st.integers(0, 40),
+)
+def test_a_mutated_image_gives_an_rgb_image_or_an_image_error(
+    data: bytes, flips: list[tuple[int, int]], cut: int
+) -> None:
+    mutated = bytearray(data)
+    for place, value in flips:
+        mutated[place % len(mutated)] = value
+    check_image_or_image_error(bytes(mutated[: len(mutated) - cut]))
