@@ -1,0 +1,331 @@
+"""The bundle: one version of a task as one safetensors file, written, read and verified.
+
+Nothing in it is executed, and nothing is believed: `read_bundle` checks all that can be checked
+without a model. Whether the bundle suits this backbone is for `medley/admission.py`.
+`docs/bundle-format.md` is the specification.
+
+Legend: E experts, R bottleneck, D width, F feature width, C code size or classes, N images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
+from torch import Tensor
+
+from medley import sealed
+from medley.errors import BundleError
+from medley.experts import BlockExperts, TaskExperts
+from medley.manifest import FORMAT, Calibration, LevelSpec, Manifest, SelectorSpec, TowerExperts
+from medley.selector import Level, TaskSelector
+
+__all__ = [
+    "MAX_BUNDLE_BYTES",
+    "Bundle",
+    "expert_tensors",
+    "read_bundle",
+    "selector_spec",
+    "selector_tensors",
+    "tower_spec",
+    "write_bundle",
+]
+
+MAX_BUNDLE_BYTES = 512 * 1024 * 1024
+Tower = Literal["vision", "text"]
+TOWERS: tuple[Tower, Tower] = ("vision", "text")
+
+_MAX_PROBLEMS = 50
+
+# Where a tensor lies in a bundle, and the field of BlockExperts or Level that it becomes.
+_EXPERT_FIELDS = {
+    "experts.down": "down_ERD",
+    "experts.down_bias": "down_bias_ER",
+    "experts.up": "up_ERD",
+    "experts.up_bias": "up_bias_ED",
+    "router": "router_DE",
+}
+_LEVEL_FIELDS = {
+    "mean": "mean_F",
+    "std": "std_F",
+    "encoder": "encoder_FC",
+    "encoder_bias": "encoder_bias_C",
+    "decoder": "decoder_CF",
+    "decoder_bias": "decoder_bias_F",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """One immutable version of a task: its manifest and its tensors by name, on the CPU."""
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def digest(self) -> str:
+        """What identifies this bundle: "sha256:" and its seal."""
+        return f"sha256:{self.manifest.seal}"
+
+    def experts(self, tower: Tower) -> dict[int, BlockExperts]:
+        """Experts and routers of one tower, by block."""
+        blocks = getattr(self.manifest, tower).blocks
+        return {block: self._block(f"{tower}.{block}") for block in sorted(blocks)}
+
+    def task_experts(self) -> TaskExperts:
+        """Both towers' experts, as `RoutedModel.load` takes them."""
+        return TaskExperts(
+            vision=self.experts("vision"),
+            text=self.experts("text"),
+            top_k=self.manifest.top_k,
+            scale=self.manifest.scale,
+        )
+
+    def selector(self) -> TaskSelector:
+        """DDAS of this task."""
+        spec = self.manifest.selector
+        return TaskSelector(
+            levels=tuple(self._level(i, level) for i, level in enumerate(spec.levels)),
+            threshold=math.inf if spec.threshold is None else spec.threshold,
+            alpha=spec.alpha,
+        )
+
+    def _block(self, prefix: str) -> BlockExperts:
+        return BlockExperts(
+            **{field: self.tensors[f"{prefix}.{name}"] for name, field in _EXPERT_FIELDS.items()}
+        )
+
+    def _level(self, index: int, spec: LevelSpec) -> Level:
+        tensors = {f: self.tensors[f"ddas.{index}.{name}"] for name, f in _LEVEL_FIELDS.items()}
+        return Level(feature=spec.feature, center=spec.center, spread=spec.spread, **tensors)
+
+
+def expert_tensors(tower: Tower, experts: Mapping[int, BlockExperts]) -> dict[str, Tensor]:
+    """Name one tower's experts as they lie in a bundle."""
+    return {
+        f"{tower}.{block}.{name}": getattr(block_experts, field)
+        for block, block_experts in experts.items()
+        for name, field in _EXPERT_FIELDS.items()
+    }
+
+
+def tower_spec(width: int, experts: Mapping[int, BlockExperts]) -> TowerExperts:
+    """Describe one tower's experts, of width D, for the manifest."""
+    digests = {b: tuple(e.digest(i) for i in range(e.num_experts)) for b, e in experts.items()}
+    return TowerExperts(width=width, blocks=digests)
+
+
+def selector_tensors(selector: TaskSelector) -> dict[str, Tensor]:
+    """Name a selector's autoencoders as they lie in a bundle."""
+    return {
+        f"ddas.{index}.{name}": getattr(level, field)
+        for index, level in enumerate(selector.levels)
+        for name, field in _LEVEL_FIELDS.items()
+    }
+
+
+def selector_spec(selector: TaskSelector, calibration: Calibration) -> SelectorSpec:
+    """Describe a selector for the manifest."""
+    levels = tuple(
+        LevelSpec(
+            feature=level.feature,
+            width=len(level.mean_F),
+            code_size=level.code_size,
+            center=level.center,
+            spread=level.spread,
+        )
+        for level in selector.levels
+    )
+    return SelectorSpec(
+        levels=levels,
+        alpha=selector.alpha,
+        threshold=None if selector.threshold == math.inf else selector.threshold,
+        calibration=calibration,
+    )
+
+
+def write_bundle(manifest: Manifest, tensors: Mapping[str, Tensor], path: Path) -> Bundle:
+    """Seal a bundle and put it at `path`, whole or not at all.
+
+    Equal content gives equal bytes. What the reader would refuse is not written.
+
+    Returns:
+        the bundle as it is read back, its manifest sealed.
+
+    Raises:
+        BundleError: the content is not a valid bundle, or (code `not_written`) the file cannot be
+            written, such as on a full disk; nothing is left behind, an older file at `path` stays.
+    """
+    body = manifest.model_dump(mode="json", exclude={"seal"})
+    data = sealed.pack(json.dumps(body, sort_keys=True, ensure_ascii=False), tensors)
+    bundle = read_bundle(data)
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise BundleError(
+            [f"cannot write {path.name}: {error.strerror}"], code="not_written"
+        ) from error
+    return bundle
+
+
+def read_bundle(source: bytes | Path, *, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
+    """Read a bundle and verify all that can be verified without a model.
+
+    Raises:
+        BundleError: with code `unreadable` (no such file, no permission), `too_large`,
+            `not_safetensors`, `truncated`, `not_a_bundle` (safetensors of something else),
+            `damaged` (the seal is broken), `unsupported_format`, or `bundle_invalid`: then
+            `problems` lists everything in manifest and tensors that does not fit.
+    """
+    data = source if isinstance(source, bytes) else _read(source, max_bytes)
+    if len(data) > max_bytes:
+        problem = f"the bundle is larger than the {max_bytes} bytes allowed"
+        raise BundleError([problem], code="too_large")
+    file = sealed.unpack(data)
+    manifest, problems = _parse_manifest(file.text)
+    problems += _bad_values(file.tensors)
+    if manifest is None:
+        raise BundleError(_shortened(problems))
+    bundle = Bundle(manifest, file.tensors)
+    problems += _misfits(bundle) or _wrong_digests(bundle)
+    if problems:
+        raise BundleError(_shortened(problems))
+    return bundle
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        problem = f"cannot read {path.name}: {error.strerror}"
+        raise BundleError([problem], code="unreadable") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, even if the machine stops in between."""
+    incoming = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with incoming.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        incoming.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the rename itself
+    finally:
+        os.close(handle)
+
+
+def _parse_manifest(text: str) -> tuple[Manifest | None, list[str]]:
+    """Return the manifest, or None and what is wrong with it."""
+    _check_format(text)
+    try:
+        return Manifest.model_validate_json(text, strict=True), []
+    except ValidationError as error:
+        return None, [_sentence(one) for one in error.errors(include_url=False)]
+
+
+def _check_format(text: str) -> None:
+    """Refuse another format version as such, before its unknown fields are called wrong."""
+    try:
+        raw = from_json(text)
+    except ValueError:
+        return  # the schema's own error says what is wrong
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version != FORMAT:
+        problem = f"this is bundle format {version}, only format {FORMAT} can be read"
+        raise BundleError([problem], code="unsupported_format")
+
+
+def _sentence(error: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    return f"manifest: {place or 'whole'}: {error['msg']}"
+
+
+class _Expected(NamedTuple):
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _expected_tensors(manifest: Manifest) -> dict[str, _Expected]:
+    """Name every tensor that this manifest promises, with its shape and the dtypes it may have."""
+    C, N = len(manifest.class_names), manifest.self_test.images
+    expected = {
+        "class_text_features": _Expected((C, manifest.backbone.embed_dim)),
+        "self_test.pixels": _Expected((N, 3, *manifest.backbone.image_size), (torch.uint8,)),
+        "self_test.logits": _Expected((N, C), (torch.float32,)),
+        "self_test.scores": _Expected((N,), (torch.float32,)),
+    }
+    for tower in TOWERS:
+        spec: TowerExperts = getattr(manifest, tower)
+        for block, digests in spec.blocks.items():
+            shapes = _expert_shapes(len(digests), manifest.bottleneck, spec.width)
+            expected |= {f"{tower}.{block}.{name}": _Expected(s) for name, s in shapes.items()}
+    for index, level in enumerate(manifest.selector.levels):
+        shapes = _level_shapes(level.width, level.code_size)
+        expected |= {f"ddas.{index}.{name}": _Expected(s) for name, s in shapes.items()}
+    return expected
+
+
+def _expert_shapes(E: int, R: int, D: int) -> dict[str, tuple[int, ...]]:
+    return dict(zip(_EXPERT_FIELDS, ((E, R, D), (E, R), (E, R, D), (E, D), (D, E)), strict=True))
+
+
+def _level_shapes(F: int, C: int) -> dict[str, tuple[int, ...]]:
+    return dict(zip(_LEVEL_FIELDS, ((F,), (F,), (F, C), (C,), (C, F), (F,)), strict=True))
+
+
+def _misfits(bundle: Bundle) -> list[str]:
+    """Tell where the tensors are not those that the manifest promises."""
+    expected, found = _expected_tensors(bundle.manifest), bundle.tensors
+    problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"tensor {name} is not expected" for name in sorted(found.keys() - expected)]
+    for name in sorted(expected.keys() & found.keys()):
+        tensor, (shape, dtypes) = found[name], expected[name]
+        if tensor.shape != shape:
+            problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype not in dtypes:
+            problems.append(f"tensor {name} has dtype {tensor.dtype}, expected one of {dtypes}")
+    return problems
+
+
+def _bad_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.isfinite().all():
+            problems.append(f"tensor {name} has values that are not finite")
+        if name.startswith("ddas.") and name.endswith(".std") and not (tensor > 0).all():
+            problems.append(f"tensor {name} has values that are not positive")
+    return problems
+
+
+def _wrong_digests(bundle: Bundle) -> list[str]:
+    return [
+        f"{tower}: expert {index} of block {block} is not the one its digest names"
+        for tower in TOWERS
+        for block, experts in bundle.experts(tower).items()
+        for index, digest in enumerate(getattr(bundle.manifest, tower).blocks[block])
+        if experts.digest(index) != digest
+    ]
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    more = len(problems) - _MAX_PROBLEMS
+    return problems if more <= 0 else [*problems[:_MAX_PROBLEMS], f"and {more} more"]

@@ -1,0 +1,124 @@
+"""A sealed safetensors file: one JSON text and named tensors, guarded by a digest of every byte.
+
+Only the container; what text and tensors mean is for `medley/bundle.py`. The seal tells damage, not
+malice: whoever writes a file seals it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, Field, TypeAdapter
+from pydantic_core import from_json
+from safetensors import SafetensorError
+from torch import Tensor
+
+from medley.errors import BundleError
+
+__all__ = ["SealedFile", "pack", "unpack"]
+
+_KEY = "medley"  # one metadata key only: safetensors writes several in random order
+_START = b'{"__metadata__":{"medley":"{\\"seal\\":\\"'
+_SEAL = slice(8 + len(_START), 8 + len(_START) + 64)
+_UNSEALED = "0" * 64
+_MAX_HEADER_BYTES = 32 * 1024 * 1024
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+
+
+class SealedFile(NamedTuple):
+    """What is inside: the JSON text, its seal included, and the tensors, on the CPU."""
+
+    text: str
+    tensors: dict[str, Tensor]
+
+
+def pack(text: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """Put a JSON object and tensors into one sealed file; equal content gives equal bytes.
+
+    Args:
+        text: JSON of a non-empty object that has no "seal"; it becomes its first entry.
+        tensors: by name, on any device.
+    """
+    assert text.startswith('{"')
+    metadata = {_KEY: f'{{"seal":"{_UNSEALED}",{text[1:]}'}
+    plain = {name: _plain(tensors[name]) for name in sorted(tensors)}
+    data = safetensors.torch.save(plain, metadata)
+    assert data.startswith(_START, 8)
+    return data[: _SEAL.start] + _seal(data) + data[_SEAL.stop :]
+
+
+def unpack(data: bytes) -> SealedFile:
+    """Open a sealed file.
+
+    Raises:
+        BundleError: with code `not_safetensors`, `truncated`, `not_a_bundle` (safetensors of
+            something else) or `damaged` (the seal is broken).
+    """
+    header_bytes = int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" or header_bytes > _MAX_HEADER_BYTES:
+        raise _refusal("not_safetensors", "not a safetensors file")
+    if len(data) < 8 + header_bytes:
+        raise _refusal("truncated", f"the file ends within its header, at byte {len(data)}")
+    header = _parse(data[8 : 8 + header_bytes])
+    ends = [entry.data_offsets[1] for entry in header.entries.values()]
+    if len(data) < 8 + header_bytes + max(ends, default=0):
+        raise _refusal("truncated", f"the file ends within its tensors, at byte {len(data)}")
+    if not data.startswith(_START, 8) or header.metadata.keys() != {_KEY}:
+        raise _refusal("not_a_bundle", "a safetensors file, but without a sealed Medley manifest")
+    if data[_SEAL] != _seal(data):
+        raise _refusal("damaged", "the seal is broken: bytes have changed since it was written")
+    return SealedFile(header.metadata[_KEY], _load(data, header))
+
+
+class _Entry(BaseModel):
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+class _Header(NamedTuple):
+    metadata: dict[str, str]
+    entries: dict[str, _Entry]
+
+
+_METADATA = TypeAdapter(dict[str, str])
+_ENTRIES = TypeAdapter(dict[str, _Entry])
+
+
+def _parse(header: bytes) -> _Header:
+    try:
+        raw = from_json(header)
+        metadata = _METADATA.validate_python(raw.pop("__metadata__", {}))
+        return _Header(metadata, _ENTRIES.validate_python(raw))
+    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or not an object
+        raise _refusal("not_safetensors", "its header is not that of safetensors") from error
+
+
+def _load(data: bytes, header: _Header) -> dict[str, Tensor]:
+    strange = {entry.dtype for entry in header.entries.values()} - _DTYPES
+    if strange:
+        raise _refusal("not_safetensors", f"tensors of a dtype unknown here: {sorted(strange)}")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise _refusal("not_safetensors", "its tensors overlap, leave gaps or misfit") from error
+
+
+def _seal(data: bytes) -> bytes:
+    """SHA-256, in hex, of the file as it is with 64 zeros for its seal."""
+    digest = hashlib.sha256(data[: _SEAL.start])
+    digest.update(_UNSEALED.encode())
+    digest.update(memoryview(data)[_SEAL.stop :])
+    return digest.hexdigest().encode()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _refusal(code: str, problem: str) -> BundleError:
+    return BundleError([problem], code=code)
