@@ -1,1 +1,1 @@
-"""Online: HTTP, batching, the engine, the registry, metrics and the commands that talk to a server."""
+"""Online: HTTP, batching, the engine, the registry, metrics, and the commands of a server."""

@@ -1,0 +1,150 @@
+"""The only place where things are wired: settings in, an app out. Nothing happens at import."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import torch
+from fastapi import FastAPI
+
+from medley.backbone import Backbone, load_backbone
+from medley.classifier import Classifier
+from medley.images import ImageLimits
+from medley.pool import Capacity
+from medley.prompts import class_text_features
+from medley.routed import RoutedModel
+from service import openapi, problems
+from service.classification import Classification
+from service.engine import Engine
+from service.labels import LabelCache
+from service.metrics import Metrics, package_version
+from service.middleware import RequestContext
+from service.registry import LocalRegistry
+from service.routes import classify, probes, tasks
+from service.settings import Settings
+from service.state import Service
+from service.store import BundleStore
+from service.tasks import Tasks
+
+__all__ = ["create_app"]
+
+OnStep = Callable[[str], None]
+
+
+def create_app(
+    settings: Settings,
+    *,
+    backbone: Backbone | None = None,
+    on_step: OnStep = lambda step: None,
+) -> FastAPI:
+    """Build the app; the model is loaded and the registry restored when it starts.
+
+    Args:
+        settings: all of them.
+        backbone: instead of the one that the settings name.
+        on_step: hears where a registration is (see `service/tasks.py`).
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.service = await _start(settings, metrics, backbone, on_step, stack)
+            yield
+
+    def generation() -> int:
+        service: Service = app.state.service
+        return service.tasks.live.snapshot.desired.generation
+
+    metrics = Metrics()
+    app = FastAPI(title="Medley", version=package_version(), lifespan=lifespan)
+    problems.install(app)
+    for routes in (classify.routes, tasks.routes, probes.routes):
+        app.include_router(routes)
+    app.add_middleware(RequestContext, metrics=metrics, generation=generation)
+    openapi.describe(app)
+    return app
+
+
+async def _start(
+    settings: Settings,
+    metrics: Metrics,
+    backbone: Backbone | None,
+    on_step: OnStep,
+    stack: AsyncExitStack,
+) -> Service:
+    """Build everything in the order in which it depends; `stack` closes it in reverse."""
+    store = BundleStore(settings.store)
+    stack.callback(store.close)
+    registry = LocalRegistry(settings.store / "registry.sqlite", on_step=on_step)
+    stack.callback(registry.close)
+    backbone = backbone or await asyncio.to_thread(_backbone, settings)
+    metrics.describe(backbone.name, backbone.fingerprint)
+    classifier = _classifier(settings, backbone)
+    engine = _engine(settings, metrics, classifier)
+    engine.start()
+    stack.callback(engine.stop)
+    service_tasks = Tasks(
+        registry=registry,
+        store=store,
+        engine=engine,
+        classifier=classifier,
+        metrics=metrics,
+        max_bundle_bytes=settings.max_bundle_bytes,
+        on_step=on_step,
+    )
+    await service_tasks.restore()
+    decoders = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, "decode"))
+    classification = Classification(
+        backbone=backbone,
+        engine=engine,
+        live=service_tasks.live,
+        labels=_label_cache(settings, classifier.model, engine),
+        limits=ImageLimits(
+            max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+        ),
+        decoders=decoders,
+        metrics=metrics,
+    )
+    return Service(settings, backbone, engine, service_tasks, classification, metrics)
+
+
+def _backbone(settings: Settings) -> Backbone:
+    return load_backbone(settings.backbone, weights=settings.weights, device=settings.device)
+
+
+def _classifier(settings: Settings, backbone: Backbone) -> Classifier:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    capacity = Capacity(
+        paths=settings.paths,
+        slots=settings.slots,
+        experts=settings.max_experts,
+        bottleneck=settings.max_bottleneck,
+        max_top_k=settings.max_top_k,
+    )
+    model = RoutedModel(backbone, first_expert_block=settings.first_expert_block, capacity=capacity)
+    return Classifier(model, bucket=settings.max_batch)
+
+
+def _engine(settings: Settings, metrics: Metrics, classifier: Classifier) -> Engine:
+    height, width = classifier.model.backbone.image_size
+    return Engine(
+        classifier.route,
+        blank_CHW=torch.zeros(3, height, width, dtype=torch.uint8),
+        metrics=metrics,
+        max_batch=settings.max_batch,
+        max_wait_s=settings.max_wait_s,
+        queue_limit=settings.queue_limit,
+        heartbeat_s=settings.heartbeat_s,
+    )
+
+
+def _label_cache(settings: Settings, model: RoutedModel, engine: Engine) -> LabelCache:
+    return LabelCache(
+        lambda names, templates, path: class_text_features(model, names, templates, path),
+        engine,
+        settings.label_cache,
+    )

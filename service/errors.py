@@ -1,0 +1,179 @@
+"""What goes wrong in the service, and what each error is in HTTP (RFC 9457 problem+json).
+
+The table below is complete for `MedleyError`'s tree (a test walks it). Whatever is not in that
+tree is our bug: the middleware answers 500 with the request's id and keeps the exception's text in
+the log.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from medley.errors import (
+    BackboneError,
+    BundleError,
+    CapacityError,
+    DataError,
+    ImageError,
+    MedleyError,
+)
+
+__all__ = [
+    "STATUS",
+    "STATUS_OF_CODE",
+    "AccessError",
+    "ConflictError",
+    "EngineError",
+    "MediaTypeError",
+    "NotFoundError",
+    "PayloadError",
+    "QueueFullError",
+    "RequestError",
+    "ServiceError",
+    "StorageError",
+    "SyntaxProblemError",
+    "UnavailableError",
+    "problem",
+    "status_of",
+]
+
+
+class ServiceError(MedleyError):
+    """Base of the service's own errors."""
+
+    code = "service"
+
+
+class SyntaxProblemError(ServiceError):
+    """The body cannot be read as what it says it is."""
+
+    code = "bad_json"
+
+
+class RequestError(ServiceError):
+    """The request is readable and asks for something that makes no sense.
+
+    `errors` lists single fields as `{"where", "what"}`; it never repeats the value.
+    """
+
+    code = "invalid_request"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, errors: list[dict[str, str]] | None = None
+    ) -> None:
+        super().__init__(message, code=code)
+        self.errors = errors or []
+
+
+class PayloadError(ServiceError):
+    """A body or a list in it is larger than this server takes."""
+
+    code = "too_large"
+
+
+class MediaTypeError(ServiceError):
+    """The content type is none that this route reads."""
+
+    code = "unsupported_media_type"
+
+
+class NotFoundError(ServiceError):
+    """No such task or version; codes: unknown_task, unknown_version, no_live_version."""
+
+    code = "unknown_task"
+
+
+class ConflictError(ServiceError):
+    """The registry says otherwise; codes: version_exists, version_live, no_earlier_version."""
+
+    code = "conflict"
+
+
+class AccessError(ServiceError):
+    """A change without the right to it; codes: unauthorized (401), changes_disabled (403)."""
+
+    code = "unauthorized"
+
+
+class QueueFullError(ServiceError):
+    """More images wait than this server lets wait."""
+
+    code = "queue_full"
+    retry_after_s = 1
+
+
+class UnavailableError(ServiceError):
+    """Not able to answer now; codes: not_ready, draining, version_failed, registry_unavailable."""
+
+    code = "not_ready"
+
+
+class StorageError(ServiceError):
+    """The store cannot take the bytes: full, or not writable."""
+
+    code = "storage_full"
+
+
+class EngineError(ServiceError):
+    """A batch failed; the cause is in the log under the request's id."""
+
+    code = "internal"
+
+
+STATUS: dict[type[MedleyError], int] = {
+    MedleyError: 500,
+    BackboneError: 500,
+    BundleError: 422,
+    CapacityError: 507,
+    DataError: 422,
+    ImageError: 422,
+    ServiceError: 500,
+    SyntaxProblemError: 400,
+    RequestError: 422,
+    PayloadError: 413,
+    MediaTypeError: 415,
+    NotFoundError: 404,
+    ConflictError: 409,
+    AccessError: 401,
+    QueueFullError: 429,
+    UnavailableError: 503,
+    StorageError: 507,
+    EngineError: 500,
+}
+STATUS_OF_CODE = {  # a code that says more than its class
+    "too_large": 413,
+    "too_many_pixels": 413,
+    "not_an_image": 415,
+    "changes_disabled": 403,
+}
+
+
+def status_of(error: MedleyError) -> int:
+    """HTTP status of `error`: by its code if that is listed, by its class otherwise."""
+    return STATUS_OF_CODE.get(error.code) or STATUS[type(error)]
+
+
+def problem(error: MedleyError) -> dict[str, Any]:
+    """The RFC 9457 fields of `error`, without `instance`, which only the request knows."""
+    status = status_of(error)
+    detail = "The server failed; see its log." if status == 500 else str(error)
+    fields = problem_fields(status, error.code if status != 500 else "internal", detail)
+    if isinstance(error, BundleError):
+        fields["problems"] = error.problems
+    if isinstance(error, RequestError) and error.errors:
+        fields["errors"] = error.errors
+    if isinstance(error, QueueFullError):
+        fields["retry_after_s"] = error.retry_after_s
+    return fields
+
+
+def problem_fields(status: int, code: str, detail: str) -> dict[str, Any]:
+    """The fields that every problem has."""
+    return {
+        "type": f"urn:medley:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+    }

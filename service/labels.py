@@ -1,0 +1,88 @@
+"""Text features of label sets that requests bring along: encoded once, kept while there is room.
+
+A key says all that the features depend on: whose text experts (by bundle digest), the labels, the
+templates. Requests that want the same set at once share one encoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from medley.prompts import DEFAULT_TEMPLATES
+from medley.routed import ZERO_SHOT
+from service.engine import Engine
+from service.live import LabelSet, Resident
+
+__all__ = ["LabelCache"]
+
+CHUNK = 32  # labels per job, so that batches run in between
+
+Encode = Callable[[tuple[str, ...], tuple[str, ...], int], Tensor]  # names, templates, path
+Key = tuple[str, tuple[str, ...], tuple[str, ...]]
+
+
+class LabelCache:
+    """The most recently used label sets, at most `size` of them. Belongs to the event loop."""
+
+    def __init__(self, encode: Encode, engine: Engine, size: int) -> None:
+        self._encode = encode
+        self._engine = engine
+        self._size = size
+        self._kept: OrderedDict[Key, asyncio.Future[Tensor]] = OrderedDict()
+
+    async def get(
+        self, resident: Resident | None, labels: tuple[str, ...], templates: tuple[str, ...] | None
+    ) -> LabelSet:
+        """Labels as a task's text experts encode them, or as zero-shot does if it is None.
+
+        Without templates, labels that are all classes of the task take the features of its bundle.
+        """
+        if resident is not None and templates is None:
+            own = _own_rows(resident.own, labels)
+            if own is not None:
+                return LabelSet("request", labels, own)
+        templates = templates or (resident.templates if resident else DEFAULT_TEMPLATES)
+        return LabelSet("request", labels, await self._features(resident, labels, templates))
+
+    async def _features(
+        self, resident: Resident | None, labels: tuple[str, ...], templates: tuple[str, ...]
+    ) -> Tensor:
+        key = (resident.record.digest if resident else "zero_shot", labels, templates)
+        kept = self._kept.get(key)
+        if kept is None:
+            path = resident.path if resident else ZERO_SHOT
+            kept = self._kept[key] = self._start(labels, templates, path)
+            kept.add_done_callback(lambda done: self._settle(key, done))
+        self._kept.move_to_end(key)
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        return await asyncio.shield(kept)
+
+    def _start(
+        self, labels: tuple[str, ...], templates: tuple[str, ...], path: int
+    ) -> asyncio.Future[Tensor]:
+        """Queue all jobs at once: they come before the unload of `path`, should the caller leave."""
+        parts = [labels[i : i + CHUNK] for i in range(0, len(labels), CHUNK)]
+        jobs = [self._engine.run(partial(self._encode, part, templates, path)) for part in parts]
+        return asyncio.ensure_future(_concatenated([asyncio.wrap_future(job) for job in jobs]))
+
+    def _settle(self, key: Key, done: asyncio.Future[Tensor]) -> None:
+        """Keep no failure: the next request tries again."""
+        if done.cancelled() or done.exception() is not None:
+            self._kept.pop(key, None)
+
+
+async def _concatenated(jobs: list[asyncio.Future[Tensor]]) -> Tensor:
+    return torch.cat(await asyncio.gather(*jobs)).cpu()
+
+
+def _own_rows(own: LabelSet, labels: tuple[str, ...]) -> Tensor | None:
+    rows = [own.row_of.get(label.casefold()) for label in labels]
+    known = [row for row in rows if row is not None]
+    return own.features_CE[known] if len(known) == len(rows) else None

@@ -1,0 +1,31 @@
+"""`POST /v1/classify`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from service.intake import read_classification
+from service.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
+from service.schemas import ClassifyResponse
+from service.state import CurrentService
+
+__all__ = ["routes"]
+
+routes = APIRouter(prefix="/v1", tags=["classify"], responses=PROBLEM_RESPONSES)
+
+
+@routes.post("/classify", response_model=ClassifyResponse, openapi_extra=CLASSIFY_BODY)
+async def classify(request: Request, service: CurrentService) -> Response:
+    """Classify images: JSON with base64, multipart with files, or one raw image.
+
+    Options are fields of the JSON, form fields, or query parameters.
+    """
+    intake = await read_classification(request, service.settings)
+    timed = await service.classification.classify(intake)
+    stages = [f"{name};dur={1000 * s:.2f}" for name, s in timed.stages_s.items()]
+    headers = {
+        "Server-Timing": ", ".join(stages),
+        "X-Registry-Generation": str(timed.response.generation),
+    }
+    body = timed.response.model_dump_json(exclude_none=True)
+    return Response(body, media_type="application/json", headers=headers)

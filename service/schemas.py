@@ -1,0 +1,187 @@
+"""The wire: what a request may say and what an answer says. No behaviour beyond checking fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "Choice",
+    "ClassifyOptions",
+    "ClassifyRequest",
+    "ClassifyResponse",
+    "Failure",
+    "ImageInput",
+    "LiveRequest",
+    "Path",
+    "Prediction",
+    "Problem",
+    "TaskAnswer",
+    "TaskScore",
+    "TasksAnswer",
+    "VersionAnswer",
+]
+
+Label = Annotated[str, Field(min_length=1, max_length=200)]
+Template = Annotated[str, Field(max_length=300)]
+
+
+class ClassifyOptions(BaseModel):
+    """How to classify, whatever form the images come in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        "auto",
+        min_length=1,
+        max_length=200,
+        description="`auto`, `base`, a task, or `task@version`",
+    )
+    labels: list[Label] | None = Field(None, description="Choose among these instead of a task's")
+    templates: list[Template] | None = Field(
+        None, description='Prompts for the labels, each with one "{}"'
+    )
+    top_k: int = Field(5, ge=1, le=1000, description="How many labels to name")
+    explain: bool = Field(False, description="Add every live task's score and threshold")
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: list[str] | None) -> list[str] | None:
+        if labels is not None:
+            if not labels:
+                raise ValueError("at least one label is needed")
+            if any(not label.strip() for label in labels):
+                raise ValueError("a label is blank")
+            if len({label.casefold().strip() for label in labels}) < len(labels):
+                raise ValueError("labels must differ")
+        return labels
+
+    @model_validator(mode="after")
+    def _templates_fit(self) -> ClassifyOptions:
+        if self.templates is not None:
+            if self.labels is None:
+                raise ValueError("templates need labels")
+            if not self.templates or any(t.count("{}") != 1 for t in self.templates):
+                raise ValueError('every template needs one "{}"')
+        return self
+
+
+class ImageInput(BaseModel):
+    """One image of a JSON request."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes_b64: str = Field(description="The image file, base64")
+
+
+class ClassifyRequest(ClassifyOptions):
+    """The JSON form: one `image` or a list of `images`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    image: ImageInput | None = None
+    images: list[ImageInput] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ClassifyRequest:
+        if (self.image is None) == (self.images is None):
+            raise ValueError("give either image or images")
+        return self
+
+
+class Choice(BaseModel):
+    """A label with its probability among the label set."""
+
+    label: str
+    probability: float
+
+
+class Path(BaseModel):
+    """How an image was computed."""
+
+    kind: Literal["task", "zero_shot"]
+    task: str | None = None
+    version: str | None = None
+    digest: str | None = None
+
+
+class TaskScore(BaseModel):
+    """What DDAS thinks of one image and one live task; smaller is more familiar."""
+
+    score: float | None = Field(description="null if it is not a finite number")
+    threshold: float | None = Field(description="accepted up to here; null for any score")
+    accepted: bool
+
+
+class Prediction(BaseModel):
+    """The answer for one image."""
+
+    label: str
+    probability: float
+    top_k: list[Choice]
+    path: Path
+    routed_by: Literal["auto", "explicit"]
+    label_set: Literal["task", "request", "union"]
+    scores: dict[str, TaskScore] | None = None
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+
+
+class Failure(BaseModel):
+    """The answer for one image, among several, that cannot be used."""
+
+    error: Problem
+
+
+class ClassifyResponse(BaseModel):
+    """One result per image, in the order of the request."""
+
+    generation: int
+    results: list[Prediction | Failure]
+
+
+class VersionAnswer(BaseModel):
+    """One version of a task and its state on this server."""
+
+    version: str
+    digest: str
+    created_at: str
+    state: Literal["live", "ready", "failed"]
+    reason: str | None = None
+
+
+class TaskAnswer(BaseModel):
+    """One task; classes and templates are those of the live version."""
+
+    task: str
+    live: str | None
+    versions: list[VersionAnswer]
+    class_names: list[str]
+    templates: list[str]
+    generation: int
+
+
+class TasksAnswer(BaseModel):
+    """All tasks, by name."""
+
+    generation: int
+    tasks: list[TaskAnswer]
+
+
+class LiveRequest(BaseModel):
+    """Which version is to be live."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: str = Field(min_length=1, max_length=200)

@@ -1,0 +1,58 @@
+"""What the routes work with: made when the app starts, handed to each route by `service_of`."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from medley.backbone import Backbone
+from service.classification import Classification
+from service.engine import Engine
+from service.errors import AccessError
+from service.metrics import Metrics
+from service.settings import Settings
+from service.tasks import Tasks
+
+__all__ = ["CurrentService", "Service", "may_change", "service_of"]
+
+
+@dataclass(frozen=True)
+class Service:
+    """One running server."""
+
+    settings: Settings
+    backbone: Backbone
+    engine: Engine
+    tasks: Tasks
+    classification: Classification
+    metrics: Metrics
+
+
+def service_of(request: Request) -> Service:
+    """The server that this request came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+CurrentService = Annotated[Service, Depends(service_of)]
+
+
+def may_change(request: Request, service: CurrentService) -> None:
+    """Let a change pass: with the key if there is one, else on a loopback host only.
+
+    Raises:
+        AccessError: it may not pass.
+    """
+    if not service.settings.changes_allowed:
+        raise AccessError("changes are off: this server has no admin key", code="changes_disabled")
+    key = service.settings.admin_key
+    if key is None:
+        return
+    given = request.headers.get("authorization", "")
+    expected = f"Bearer {key.get_secret_value()}"
+    if not hmac.compare_digest(given.encode(), expected.encode()):
+        raise AccessError("a change needs the admin key as bearer token")

@@ -1,0 +1,138 @@
+"""Bundle bytes on disk, named by their digest. Knows nothing of tasks or of what is in a bundle.
+
+A file under `bundles/` is complete: bytes are written to `incoming/`, flushed to the disk, and
+renamed. What a crash leaves in `incoming/` is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from service.errors import PayloadError, StorageError, UnavailableError
+
+__all__ = ["BundleStore", "Upload"]
+
+
+class Upload:
+    """Bytes on their way in."""
+
+    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self.size_bytes = 0
+
+    @property
+    def path(self) -> Path:
+        """Where the bytes are until the store takes them."""
+        return Path(self._file.name)
+
+    def write(self, chunk: bytes) -> None:
+        """Append `chunk`.
+
+        Raises:
+            PayloadError: more than the limit has arrived.
+            StorageError: the disk does not take it.
+        """
+        self.size_bytes += len(chunk)
+        if self.size_bytes > self._max_bytes:
+            raise PayloadError(f"the bundle is larger than {self._max_bytes} bytes")
+        with _storage_errors():
+            self._file.write(chunk)
+
+    def finish(self) -> None:
+        """Flush to the disk, so that a rename publishes whole bytes or none."""
+        with _storage_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+class BundleStore:
+    """A folder that one server owns: `bundles/<sha256>.safetensors` and `incoming/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._bundles = folder / "bundles"
+        self._incoming = folder / "incoming"
+        with _storage_errors():
+            self._bundles.mkdir(parents=True, exist_ok=True)
+            self._incoming.mkdir(exist_ok=True)
+        self._lock = _lock_folder(folder)
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        self._lock.close()
+
+    def path(self, digest: str) -> Path:
+        """Where the bundle with this digest ("sha256:...") is, if it is here."""
+        return self._bundles / f"{digest.removeprefix('sha256:')}.safetensors"
+
+    @contextmanager
+    def upload(self, max_bytes: int) -> Iterator[Upload]:
+        """Take bytes in; whatever `keep` has not claimed is gone afterwards."""
+        with _storage_errors():
+            file = tempfile.NamedTemporaryFile(dir=self._incoming, suffix=".part", delete=False)  # noqa: SIM115
+        try:
+            with file:
+                yield Upload(file, max_bytes)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+    def keep(self, upload: Upload, digest: str) -> Path:
+        """Give a finished upload its final name; the same bundle twice is one file."""
+        target = self.path(digest)
+        with _storage_errors():
+            upload.path.replace(target)
+            _fsync_folder(self._bundles)
+        return target
+
+    def remove(self, digest: str) -> None:
+        """Forget a bundle; no error if it is not here."""
+        with _storage_errors():
+            self.path(digest).unlink(missing_ok=True)
+
+    def clean(self, wanted: Collection[str]) -> int:
+        """Remove half uploads and bundles that no version names; returns how many files went."""
+        keep = {self.path(digest) for digest in wanted}
+        stale = [*self._incoming.iterdir(), *(p for p in self._bundles.iterdir() if p not in keep)]
+        with _storage_errors():
+            for path in stale:
+                path.unlink(missing_ok=True)
+        return len(stale)
+
+
+def _lock_folder(folder: Path) -> IO[bytes]:
+    lock = (folder / "lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UnavailableError(
+            "another server uses this store folder", code="store_in_use"
+        ) from error
+    return lock
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Disk trouble without the path in it, which is nobody's business outside."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        code = "storage_full" if full else "storage_failed"
+        raise StorageError(f"the store cannot be written: {error.strerror}", code=code) from error

@@ -1,0 +1,256 @@
+"""The life of a task version on this server: taken in, live, rolled back, gone, restored at start.
+
+Order of every change: bytes to the store, admission on the device, one registry transaction, flip of
+the pointer in memory. So a crash leaves the registry before or after, and nothing is reported live
+that is not. One change at a time; requests go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medley.admission import admit
+from medley.bundle import Bundle, read_bundle
+from medley.classifier import Classifier
+from medley.errors import MedleyError
+from medley.prompts import class_text_features
+from service.engine import Engine
+from service.errors import ConflictError, RequestError
+from service.live import Key, LabelSet, Live, Resident, Snapshot
+from service.metrics import Metrics
+from service.registry import Desired, Registry, VersionRecord, now
+from service.store import BundleStore, Upload
+
+__all__ = ["RESERVED_NAMES", "Registered", "Tasks"]
+
+log = logging.getLogger(__name__)
+RESERVED_NAMES = frozenset({"auto", "base"})
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What became of a registration; `created` is False if that very bundle was there."""
+
+    record: VersionRecord
+    created: bool
+
+
+class Tasks:
+    """All changes of what is served. Belongs to the event loop's thread.
+
+    `on_step` hears where a registration is; tests die there.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        store: BundleStore,
+        engine: Engine,
+        classifier: Classifier,
+        metrics: Metrics,
+        max_bundle_bytes: int,
+        on_step: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._engine = engine
+        self._classifier = classifier
+        self._metrics = metrics
+        self._max_bundle_bytes = max_bundle_bytes
+        self._on_step = on_step
+        self._changes = asyncio.Lock()
+        self.live = Live(unload=self._unload_later)
+
+    async def restore(self) -> None:
+        """Load what the registry wants; a version that cannot be loaded is marked, not fatal."""
+        desired = await asyncio.to_thread(self._registry.read)
+        await asyncio.to_thread(self._store.clean, {r.digest for r in desired.versions})
+        residents: dict[Key, Resident] = {}
+        failed: dict[Key, str] = {}
+        live_first = sorted(desired.versions, key=lambda r: desired.live.get(r.task) != r.version)
+        for record in live_first:
+            key = (record.task, record.version)
+            try:
+                residents[key] = await self._restored(record)
+            except MedleyError as error:
+                log.error("%s@%s cannot be served: %s", record.task, record.version, error)
+                failed[key] = str(error)
+        self._publish(Snapshot(desired, residents, failed))
+
+    async def register(
+        self, task: str, version: str, chunks: AsyncIterator[bytes], *, activate: bool
+    ) -> Registered:
+        """Take a bundle in; the same bundle again changes nothing.
+
+        Raises:
+            BundleError, CapacityError: it does not fit; nothing has changed.
+            RequestError: the bundle is for another task or version.
+            ConflictError: that version exists with another digest.
+            PayloadError, StorageError: too large, or the disk does not take it.
+        """
+        with self._store.upload(self._max_bundle_bytes) as upload:
+            async for chunk in chunks:
+                await asyncio.to_thread(upload.write, chunk)
+            await asyncio.to_thread(upload.finish)
+            self._on_step("received")
+            bundle = await asyncio.to_thread(self._read, upload.path)
+            _check_names(bundle, task, version)
+            self._on_step("verified")
+            async with self._changes:
+                return await self._take_in(upload, bundle, activate=activate)
+
+    async def activate(self, task: str, version: str) -> None:
+        """Make a version live; it must work here."""
+        async with self._changes:
+            self.live.snapshot.find(task, version)
+            await self._activate(task, version)
+
+    async def rollback(self, task: str) -> str:
+        """Make the version live that was live before; returns which."""
+        async with self._changes:
+            desired = await asyncio.to_thread(self._registry.rollback, task)
+            self._publish(replace(self.live.snapshot, desired=desired))
+            return desired.live[task]
+
+    async def delete_version(self, task: str, version: str) -> None:
+        """Remove a version that is not live."""
+        async with self._changes:
+            await self._drop(await asyncio.to_thread(self._registry.delete_version, task, version))
+
+    async def delete_task(self, task: str) -> None:
+        """Remove a task; requests in flight still get its answers."""
+        async with self._changes:
+            await self._drop(await asyncio.to_thread(self._registry.delete_task, task))
+            self._metrics.forget_task(task)
+
+    async def _take_in(self, upload: Upload, bundle: Bundle, *, activate: bool) -> Registered:
+        manifest, snapshot = bundle.manifest, self.live.snapshot
+        key = (manifest.task, manifest.version)
+        known = snapshot.desired.records.get(key)
+        if known is not None and known.digest != bundle.digest:
+            raise ConflictError(
+                f"version {manifest.version} of {manifest.task} exists with another digest",
+                code="version_exists",
+            )
+        if known is not None and key in snapshot.residents:
+            if activate and snapshot.desired.live.get(manifest.task) != manifest.version:
+                await self._activate(*key)
+            return Registered(known, created=False)
+        record = known or VersionRecord(*key, bundle.digest, now())
+        await asyncio.to_thread(self._store.keep, upload, bundle.digest)
+        self._on_step("stored")
+        await self._admit_and_commit(record, bundle, new=known is None, activate=activate)
+        return Registered(record, created=known is None)
+
+    async def _admit_and_commit(
+        self, record: VersionRecord, bundle: Bundle, *, new: bool, activate: bool
+    ) -> None:
+        """Device first, registry second, memory last; undone in reverse if a step is refused."""
+        try:
+            resident = await self._admitted(record, bundle)
+            self._on_step("admitted")
+            try:
+                desired = await self._committed(record, new=new, activate=activate)
+            except BaseException:
+                self._unload_later(resident.path)
+                raise
+        except BaseException:
+            if new:
+                self._store.remove(record.digest)
+            raise
+        self._on_step("committed")
+        key, snapshot = (record.task, record.version), self.live.snapshot
+        failed = {k: reason for k, reason in snapshot.failed.items() if k != key}
+        self._publish(Snapshot(desired, snapshot.residents | {key: resident}, failed))
+        self._on_step("published")
+
+    async def _committed(self, record: VersionRecord, *, new: bool, activate: bool) -> Desired:
+        if new:
+            return await asyncio.to_thread(self._registry.register, record, activate=activate)
+        if activate:
+            return await asyncio.to_thread(self._registry.activate, record.task, record.version)
+        return self.live.snapshot.desired
+
+    async def _activate(self, task: str, version: str) -> None:
+        desired = await asyncio.to_thread(self._registry.activate, task, version)
+        self._publish(replace(self.live.snapshot, desired=desired))
+
+    async def _drop(self, desired: Desired) -> None:
+        """Serve no more what the registry has no more."""
+        snapshot = self.live.snapshot
+        gone = snapshot.desired.records.keys() - desired.records.keys()
+        residents = {k: r for k, r in snapshot.residents.items() if k not in gone}
+        failed = {k: reason for k, reason in snapshot.failed.items() if k not in gone}
+        self._publish(Snapshot(desired, residents, failed))
+        for key in gone:
+            digest = snapshot.desired.records[key].digest
+            await asyncio.to_thread(self._store.remove, digest)
+
+    async def _restored(self, record: VersionRecord) -> Resident:
+        bundle = await asyncio.to_thread(self._read, self._store.path(record.digest))
+        if bundle.digest != record.digest:
+            raise ConflictError("the bundle in the store is another one", code="version_exists")
+        return await self._admitted(record, bundle)
+
+    async def _admitted(self, record: VersionRecord, bundle: Bundle) -> Resident:
+        start_s = time.monotonic()
+        try:
+            resident = await asyncio.wrap_future(
+                self._engine.run(lambda: self._admit(record, bundle))
+            )
+        except MedleyError:
+            self._metrics.bundle_loads.labels("refused").inc()
+            raise
+        self._metrics.bundle_loads.labels("ok").inc()
+        self._metrics.bundle_load_s.observe(time.monotonic() - start_s)
+        return resident
+
+    def _admit(self, record: VersionRecord, bundle: Bundle) -> Resident:
+        """Runs on the engine's thread."""
+        manifest, model = bundle.manifest, self._classifier.model
+        names = tuple(manifest.class_names)
+        zero_shot = class_text_features(model, names, manifest.templates)
+        path = admit(bundle, self._classifier)
+        return Resident(
+            record=record,
+            path=path,
+            templates=tuple(manifest.templates),
+            own=LabelSet("task", names, bundle.tensors["class_text_features"].float()),
+            zero_shot=LabelSet("task", names, zero_shot.cpu()),
+            threshold=bundle.selector().threshold,
+        )
+
+    def _read(self, path: Path) -> Bundle:
+        return read_bundle(path, max_bytes=self._max_bundle_bytes)
+
+    def _unload_later(self, path: int) -> None:
+        self._engine.run(lambda: self._unload(path))
+
+    def _unload(self, path: int) -> None:
+        """Runs on the engine's thread."""
+        self._classifier.selectors.remove(path)
+        self._classifier.model.unload(path)
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        before, after = self.live.snapshot.residents, snapshot.residents
+        for task, version in before.keys() - after.keys():
+            self._metrics.bundle_resident.remove(task, version)
+        for task, version in after:
+            self._metrics.bundle_resident.labels(task, version).set(1)
+        self._metrics.generation.labels("desired").set(snapshot.desired.generation)
+        self._metrics.generation.labels("observed").set(snapshot.desired.generation)
+        self.live.publish(snapshot)
+
+
+def _check_names(bundle: Bundle, task: str, version: str) -> None:
+    meant, given = f"{task}@{version}", f"{bundle.manifest.task}@{bundle.manifest.version}"
+    if meant != given:
+        raise RequestError(f"the bundle is {given}, not {meant}", code="name_mismatch")
+    if task in RESERVED_NAMES:
+        raise RequestError(f"no task can be called {task}", code="reserved_name")
