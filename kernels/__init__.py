@@ -1,4 +1,4 @@
-"""Operations on tensors: each a plain PyTorch definition, later with a Triton kernel of the same name and signature.
+"""Operations on tensors, each a plain PyTorch definition that a Triton kernel may take over.
 
 Nothing here knows of tasks, bundles or HTTP; torch (and triton) is all it imports.
 """

@@ -1,10 +1,11 @@
 """Top-k expert mixing for a batch whose rows follow different paths, the plain PyTorch definition.
 
-It is the CPU path and what a Triton kernel of the same signature is tested against. It gathers each row's experts by slot
-index; there is no loop over experts and no read-back to the host.
+It is the CPU path and what a Triton kernel of the same signature is tested against. It gathers each
+row's experts by slot index; there is no loop over experts and no read-back to the host.
 
-Legend: B rows (images or prompts), L tokens, D width, E experts a path may name, K chosen experts, S slots, R bottleneck,
-P paths. A slot's weights are stored [2, R, D]: down.weight, then up.weight transposed, both contiguous along D.
+Legend: B rows (images or prompts), L tokens, D width, E experts a path may name, K chosen experts,
+S slots, R bottleneck, P paths. A slot's weights are stored [2, R, D]: down.weight, then up.weight
+transposed, both contiguous along D.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["expert_mixing", "mix", "route"]
+__all__ = ["choose", "expert_mixing", "mix", "route"]
 
 
 def route(logits_BE: Tensor, top_k_B: Tensor, *, max_top_k: int) -> tuple[Tensor, Tensor]:
@@ -21,20 +22,47 @@ def route(logits_BE: Tensor, top_k_B: Tensor, *, max_top_k: int) -> tuple[Tensor
     gates = softmax over the chosen logits; an expert of logit -inf gets gate 0.
 
     Args:
-        logits_BE: router logits, -inf where a path has no such expert; at least one finite logit in each row that counts.
+        logits_BE: router logits, -inf where a path has no such expert; at least one finite logit in
+            each row that counts.
         top_k_B: how many experts each row may use, 1..max_top_k, int64.
         max_top_k: K, the width of the answer.
 
     Returns:
-        expert_BK int64 (best first; where the gate is 0, the row's best expert stands in) and gates_BK float32.
+        expert_BK int64 (best first; where the gate is 0, the row's best expert stands in) and
+        gates_BK, in the logits' dtype.
 
-    Source: MoE-Adapters, arXiv:2403.11549, eq. 3-4; Shazeer et al., arXiv:1701.06538, eq. 3-5, without noise.
+    Source: MoE-Adapters, arXiv:2403.11549; Shazeer et al., arXiv:1701.06538, without the noise.
     """
-    top_BK, expert_BK = logits_BE.float().topk(max_top_k, dim=-1)
+    top_BK, expert_BK = logits_BE.topk(max_top_k, dim=-1)
     beyond_BK = torch.arange(max_top_k, device=logits_BE.device) >= top_k_B[:, None]
     top_BK = top_BK.masked_fill(beyond_BK, float("-inf"))
     gates_BK = torch.softmax(top_BK, dim=-1)
     return torch.where(top_BK.isneginf(), expert_BK[:, :1], expert_BK), gates_BK
+
+
+def choose(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    *,
+    max_top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let every row's own router read its token 0 and choose experts.
+
+    Returns:
+        expert_BK and gates_BK as `route` gives them, and active_B: whether the row has any expert
+        in this block. What the first two hold for an inactive row means nothing.
+    """
+    path_B = paths_B.clamp_min(0)
+    present_BE = slots_PE[path_B] >= 0
+    active_B = (paths_B >= 0) & present_BE.any(-1)
+    logits_BE = torch.bmm(x_BLD[:, :1].to(routers_PDE.dtype), routers_PDE[path_B])[:, 0]
+    logits_BE = logits_BE.masked_fill(~present_BE, float("-inf"))
+    logits_BE = logits_BE.masked_fill(~active_B[:, None], 0.0)
+    expert_BK, gates_BK = route(logits_BE, top_k_P[path_B], max_top_k=max_top_k)
+    return expert_BK, gates_BK, active_B
 
 
 def mix(
@@ -42,7 +70,8 @@ def mix(
 ) -> Tensor:
     """Apply each row's K bottleneck experts to all of its tokens and sum them by gate.
 
-    y = sum_k gate_k * (relu(x @ down_k^T + down_bias_k) @ up_k^T + up_bias_k), in x's dtype, shape (B, L, D).
+    y = sum_k gate_k * (relu(x @ down_k^T + down_bias_k) @ up_k^T + up_bias_k), in x's dtype, shape
+    (B, L, D).
 
     Args:
         x_BLD: the residual stream after attention, not layer-normed.
@@ -51,22 +80,20 @@ def mix(
         weights_S2RD: slot pool.
         biases_SF: F = R + D, down bias then up bias, float32.
 
-    Source: MoE-Adapters, arXiv:2403.11549, section 3.2 (parallel branch).
+    Source: MoE-Adapters, arXiv:2403.11549, the branch parallel to the MLP.
     """
     bottleneck = weights_S2RD.shape[2]
     down_BKRD, up_BKRD = weights_S2RD[slots_BK].unbind(2)
     down_bias_BKR, up_bias_BKD = biases_SF[slots_BK].split(
         [bottleneck, biases_SF.shape[1] - bottleneck], dim=-1
     )
-    # The k experts side by side are one expert of K*R hidden units: two products a row, whatever k is.
+    # The k experts side by side are one expert of K*R hidden units: two products a row for any k.
     hidden_BLH = torch.baddbmm(
         down_bias_BKR.flatten(1)[:, None].to(x_BLD.dtype), x_BLD, down_BKRD.flatten(1, 2).mT
     ).relu()
     gates_BH = gates_BK.repeat_interleave(bottleneck, dim=1).to(x_BLD.dtype)
     up_bias_BD = (gates_BK[:, :, None] * up_bias_BKD).sum(1).to(x_BLD.dtype)
-    return torch.baddbmm(
-        up_bias_BD[:, None], hidden_BLH * gates_BH[:, None], up_BKRD.flatten(1, 2)
-    )
+    return torch.baddbmm(up_bias_BD[:, None], hidden_BLH * gates_BH[:, None], up_BKRD.flatten(1, 2))
 
 
 def expert_mixing(
@@ -83,8 +110,9 @@ def expert_mixing(
 ) -> Tensor:
     """Route every row by its own path's router and mix its experts: the whole branch of one block.
 
-    The router reads token 0 of x in float32. A row whose path is -1, or whose path has no expert in this block, is exactly
-    zero, whatever unused slots hold.
+    The router reads token 0 of x in the routers' own dtype, float32 whatever x is: top-k is a step,
+    and bfloat16 would step at other places. A row whose path is -1, or whose path has no expert in
+    this block, is exactly zero, whatever unused slots hold.
 
     Args:
         x_BLD: the residual stream after attention, (B, L, D).
@@ -99,15 +127,12 @@ def expert_mixing(
     Returns:
         y (B, L, D) in x's dtype, to be added to the block's output.
 
-    Source: MoE-Adapters, arXiv:2403.11549, section 3.2; routing is per sample, as in the authors' code.
+    Source: MoE-Adapters, arXiv:2403.11549; routing is per sample, as in the authors' code.
     """
+    expert_BK, gates_BK, active_B = choose(
+        x_BLD, paths_B, routers_PDE, slots_PE, top_k_P, max_top_k=max_top_k
+    )
     path_B = paths_B.clamp_min(0)
-    present_BE = slots_PE[path_B] >= 0
-    active_B = (paths_B >= 0) & present_BE.any(-1)
-    logits_BE = torch.bmm(x_BLD[:, :1].float(), routers_PDE[path_B])[:, 0]
-    logits_BE = logits_BE.masked_fill(~present_BE, float("-inf"))
-    logits_BE = logits_BE.masked_fill(~active_B[:, None], 0.0)
-    expert_BK, gates_BK = route(logits_BE, top_k_P[path_B], max_top_k=max_top_k)
     slots_BK = slots_PE[path_B].gather(1, expert_BK).clamp_min(0)
     y_BLD = mix(x_BLD, slots_BK, gates_BK * scale_P[path_B, None], weights_S2RD, biases_SF)
-    return torch.where(active_B[:, None, None], y_BLD, torch.zeros((), dtype=y_BLD.dtype, device=y_BLD.device))
+    return y_BLD.masked_fill(~active_B[:, None, None], 0.0)

@@ -1,7 +1,7 @@
-"""The frozen CLIP that everything stands on, built by one factory; nothing downstream knows which one it is.
+"""The frozen CLIP that everything stands on; nothing downstream knows which one it is.
 
-A backbone is identified by its fingerprint, the digest of its weights and its preprocessing: a bundle learnt on one backbone is
-refused by any other.
+A backbone is identified by its fingerprint, the digest of its weights and its preprocessing: a
+bundle learnt on one backbone is refused by any other.
 
 Legend: B rows, L tokens, E joint embedding width.
 """
@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import Compose, Normalize
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -31,6 +32,7 @@ from medley.tower import ImageTower, TextTower, image_tower, text_tower
 __all__ = ["MINI", "Backbone", "load_backbone", "wrap"]
 
 MINI = "medley-mini"
+Clip = Any  # open_clip's CLIP or CustomTextCLIP; the package ships no types
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
@@ -39,7 +41,7 @@ class Backbone:
     """A frozen open_clip model with its preprocessing, taken apart into towers."""
 
     name: str
-    model: nn.Module
+    model: Clip
     image: ImageTower
     text: TextTower | None  # None: experts cannot enter this text tower
     tokenizer: Tokenizer
@@ -61,7 +63,7 @@ class Backbone:
         return pil_to_tensor(self.crop(image))
 
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
-        """Turn uint8 pixels into what the image tower takes: float32 (B, 3, H, W) on the backbone's device."""
+        """Turn uint8 pixels into the image tower's input, float32 (B, 3, H, W), on its device."""
         images = pixels_BCHW.to(self.device).to(torch.float32).div_(255)
         shape = (1, 3, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
@@ -79,16 +81,19 @@ def load_backbone(
     """Build a frozen backbone, float32.
 
     Args:
-        name: "medley-mini" (embedded, the default), or an open_clip architecture: "ViT-B-16/openai" takes the pretrained
-            weights of that tag from open_clip's cache or hub, "ViT-B-16" needs `weights`.
-        weights: a local file in a format that open_clip reads (safetensors, or a state dict; never code).
+        name: "medley-mini" (embedded, the default), or an open_clip architecture: "ViT-B-16/openai"
+            takes the pretrained weights of that tag from open_clip's cache or hub, "ViT-B-16" needs
+            `weights`.
+        weights: a local file in a format that open_clip reads (safetensors, or a state dict; never
+            code).
         device: where it is to live.
 
     Raises:
-        BackboneError: unknown architecture or tag, weights missing or not fitting, or a tower that cannot take experts.
+        BackboneError: unknown architecture or tag, weights missing or not fitting, or a tower that
+            cannot take experts.
     """
     if name == MINI:
-        model: nn.Module = load_mini(weights)
+        model: Clip = load_mini(weights)
         tokenizer: Tokenizer = mini_tokenizer()
     else:
         model = _open_clip_model(name, weights)
@@ -98,7 +103,7 @@ def load_backbone(
     return backbone
 
 
-def wrap(model: nn.Module, *, name: str, tokenizer: Tokenizer) -> Backbone:
+def wrap(model: Clip, *, name: str, tokenizer: Tokenizer) -> Backbone:
     """Freeze an open_clip model and take it apart; the model is used as it is, not copied.
 
     Raises:
@@ -124,11 +129,12 @@ def wrap(model: nn.Module, *, name: str, tokenizer: Tokenizer) -> Backbone:
     )
 
 
-def _open_clip_model(name: str, weights: Path | None) -> nn.Module:
+def _open_clip_model(name: str, weights: Path | None) -> Clip:
     architecture, _, tag = name.partition("/")
     if architecture not in open_clip.list_models():
         raise BackboneError(
-            f"no backbone is called {name!r}; use {MINI!r} or an open_clip architecture such as 'ViT-B-16/openai'"
+            f"no backbone is called {name!r}; use {MINI!r} or an open_clip architecture "
+            "such as 'ViT-B-16/openai'"
         )
     if weights is not None and not weights.is_file():
         raise BackboneError(f"there are no weights at {weights}")
@@ -141,7 +147,7 @@ def _open_clip_model(name: str, weights: Path | None) -> nn.Module:
 
 
 def _before_tensors(transform: Compose) -> Callable[[Image.Image], Image.Image]:
-    """Keep of open_clip's transform what works on the picture; to-tensor and normalise come later, on the device."""
+    """Keep of open_clip's transform what works on the picture; the rest is done on the device."""
     *picture, _, normalise = transform.transforms
     assert isinstance(normalise, Normalize)
     return Compose(picture)
@@ -152,15 +158,15 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _embed_dim(model: nn.Module, tokenizer: Tokenizer) -> int:
+def _embed_dim(model: Clip, tokenizer: Tokenizer) -> int:
     with torch.inference_mode():
         return int(model.encode_text(tokenizer(["x"])).shape[-1])
 
 
-def _fingerprint(model: nn.Module, preprocess: PreprocessCfg) -> str:
+def _fingerprint(model: Clip, preprocess: PreprocessCfg) -> str:
     """Digest of the preprocessing and of every tensor by name, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps(asdict(preprocess), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"

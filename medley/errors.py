@@ -7,8 +7,8 @@ MedleyError
     DataError       training or evaluation data cannot be used
     ImageError      one image cannot be used
 
-`code` is a short stable word that programs may test; the text is for people. The service maps classes to HTTP statuses, the
-command line prints the text as one line.
+`code` is a short stable word that programs may test; the text is for people. The service maps
+classes to HTTP statuses, the command line prints the text as one line.
 """
 
 from __future__ import annotations

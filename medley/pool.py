@@ -1,10 +1,12 @@
 """The preallocated slots of one tower: fixed tensors that experts are written into and freed from.
 
-Shapes never change while a server runs, so a captured CUDA graph stays valid whatever tasks come and go. An expert that several
-tasks share (a frozen one, reused by later tasks) is recognised by its digest and kept once. The pool is not thread-safe: the
-thread that runs the model is the one that changes it.
+Shapes never change while a server runs, so a captured CUDA graph stays valid whatever tasks come
+and go. An expert that several tasks share (a frozen one, reused by later tasks) is recognised by
+its digest and kept once. The pool is not thread-safe: the thread that runs the model is the one
+that changes it.
 
-Legend: N blocks, S slots, R bottleneck, D width, F = R + D, P paths, E experts a path may name in one block.
+Legend: N blocks, S slots, R bottleneck, D width, F = R + D, P paths, E experts a path may name in
+one block.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.expert_mixing import expert_mixing
+from kernels.expert_mixing import choose, expert_mixing
 from medley.errors import CapacityError
 from medley.experts import BlockExperts
 
@@ -75,10 +77,11 @@ class ExpertPool:
     def load(
         self, path: int, experts: Mapping[int, BlockExperts], *, top_k: int, scale: float
     ) -> None:
-        """Write a path's experts into free slots and fill its row of the tables; all of it or nothing.
+        """Write a path's experts into free slots and fill its row of the tables.
 
         Raises:
-            CapacityError: too few free slots, or more experts, ranks or top-k than there is room for. Nothing has changed.
+            CapacityError: too few free slots, or more experts, ranks or top-k than there is room
+                for. Nothing has changed.
         """
         assert path not in self._held
         digests = {b: [e.digest(i) for i in range(e.num_experts)] for b, e in experts.items()}
@@ -86,9 +89,7 @@ class ExpertPool:
         self._held[path] = [(block, digest) for block, row in digests.items() for digest in row]
         for block, block_experts in experts.items():
             count = block_experts.num_experts
-            slots = [
-                self._take(block, block_experts, i, d) for i, d in enumerate(digests[block])
-            ]
+            slots = [self._take(block, block_experts, i, d) for i, d in enumerate(digests[block])]
             self.slots_NPE[block, path, :count] = torch.tensor(slots, device=self.slots_NPE.device)
             self.routers_NPDE[block, path, :, :count] = block_experts.router_DE.to(
                 self.routers_NPDE
@@ -109,7 +110,7 @@ class ExpertPool:
                 slots.free.append(resident.slot)
 
     def mixing(self, block: int, x_BLD: Tensor, paths_B: Tensor) -> Tensor:
-        """Return what each row's experts add to the output of `block`; (B, L, D), zero for path -1."""
+        """Return what each row's experts add to the output of `block`, (B, L, D)."""
         return expert_mixing(
             x_BLD,
             paths_B,
@@ -121,6 +122,19 @@ class ExpertPool:
             self.scale_P,
             max_top_k=self.capacity.max_top_k,
         )
+
+    def gates(self, block: int, x_BLD: Tensor, paths_B: Tensor) -> Tensor:
+        """Return the gates of each row's experts in `block`, (B, E) float32, zero if not chosen."""
+        expert_BK, gates_BK, active_B = choose(
+            x_BLD,
+            paths_B,
+            self.routers_NPDE[block],
+            self.slots_NPE[block],
+            self.top_k_P,
+            max_top_k=self.capacity.max_top_k,
+        )
+        gates_BE = gates_BK.new_zeros(len(paths_B), self.capacity.experts)
+        return gates_BE.scatter_add_(1, expert_BK, gates_BK) * active_B[:, None]
 
     @property
     def free_slots(self) -> int:
@@ -139,7 +153,8 @@ class ExpertPool:
                 raise CapacityError(f"bottleneck {rank} is larger than {capacity.bottleneck}")
             if block_experts.num_experts > capacity.experts:
                 raise CapacityError(
-                    f"block {block}: {block_experts.num_experts} experts, room for {capacity.experts}"
+                    f"block {block}: {block_experts.num_experts} experts, "
+                    f"room for {capacity.experts}"
                 )
             slots = self._blocks[block]
             wanted = len(set(digests[block]) - set(slots.residents))

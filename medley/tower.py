@@ -1,8 +1,9 @@
-"""A CLIP tower taken apart into embed, blocks and pool, computing exactly what the original forward computes.
+"""A CLIP tower taken apart into embed, blocks and pool, computing exactly what it did whole.
 
-Experts sit inside the blocks, so the routed model has to walk them itself. The modules stay the library's own; only the
-few lines between them are written here, in the library's order of operations, so that the result is equal bit for bit
-(tests compare with `encode_image` and `encode_text`). What cannot be taken apart is refused with a `BackboneError`.
+Experts sit inside the blocks, so the routed model has to walk them itself. The modules stay the
+library's own; only the few lines between them are written here, in the library's order of
+operations, so that the result is equal bit for bit (tests compare with `encode_image` and
+`encode_text`). What cannot be taken apart is refused with a `BackboneError`.
 
 Legend: B rows, L tokens, D width, E joint embedding width.
 """
@@ -33,7 +34,7 @@ Mask = Tensor | None
 
 
 class Block(Protocol):
-    """One residual block in its two halves: x + attention(x), and the MLP's contribution to be added to that."""
+    """One residual block in its two halves."""
 
     def attend(self, x_BLD: Tensor, mask: Mask) -> Tensor:
         """Return the residual stream after attention, (B, L, D)."""
@@ -107,8 +108,8 @@ class ImageTower:
 class TextTower:
     """A text tower in parts; `embed` also answers the attention mask of its blocks.
 
-    Where it is causal, token 0 sees only itself, so a router that reads it says the same for every prompt, and positions
-    after the end of the text may be left out.
+    Where it is causal, token 0 sees only itself, so a router that reads it says the same for every
+    prompt, and positions after the end of the text may be left out.
     """
 
     embed: Callable[[Tensor], tuple[Tensor, Mask]]  # token ids (B, L) -> (B, L, D), mask
@@ -122,7 +123,8 @@ def image_tower(visual: nn.Module) -> ImageTower:
     """Take an open_clip image tower apart.
 
     Raises:
-        BackboneError: if it is neither open_clip's VisionTransformer nor a timm vision transformer with plain blocks.
+        BackboneError: if it is neither open_clip's VisionTransformer nor a timm vision transformer
+            with plain blocks.
     """
     if isinstance(visual, VisionTransformer):
         return _open_clip_image_tower(visual)
@@ -133,13 +135,12 @@ def image_tower(visual: nn.Module) -> ImageTower:
     )
 
 
-def text_tower(model: nn.Module) -> TextTower | None:
-    """Take the text tower of an open_clip model apart; None where experts cannot enter it (a Hugging Face tower, say)."""
+def text_tower(model: Any) -> TextTower | None:
+    """Take the text tower of an open_clip model apart; None where experts cannot enter it."""
     if isinstance(model, CLIP):
         return _clip_text_tower(model)
-    text = getattr(model, "text", None)
-    if isinstance(text, TextTransformer) and text.cls_emb is None:
-        return _text_transformer_tower(text)
+    if isinstance(model.text, TextTransformer) and model.text.cls_emb is None:
+        return _text_transformer_tower(model.text)
     return None
 
 
@@ -170,7 +171,8 @@ def _timm_image_tower(visual: TimmModel) -> ImageTower:
     missing += [n for n in halves if not missing and not hasattr(trunk.blocks[0], n)]
     if missing:
         raise BackboneError(
-            f"timm tower {type(trunk).__name__} lacks {', '.join(missing)}; its blocks cannot take experts"
+            f"timm tower {type(trunk).__name__} lacks {', '.join(missing)}; "
+            "its blocks cannot take experts"
         )
 
     def embed(patches_BLD: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""A batch of (image, ask) to features and the path that each image took.
+
+Every forward runs at exactly one batch size, the bucket, padded where needed. The libraries under a
+matrix product choose a kernel by its shape, so a result may depend on the number of rows; at a
+fixed number it does not depend on what the other rows hold.
+
+Legend: B images, C classes, E joint embedding width, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medley.routed import ZERO_SHOT, RoutedModel
+from medley.selector import SelectorBank
+
+__all__ = ["Ask", "Classifier", "Routed", "logits"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Which path an image is to take: a given one, or whatever DDAS decides among the eligible."""
+
+    path: int | None = None  # None: DDAS decides; ZERO_SHOT or a path: that one
+    eligible: frozenset[int] | None = None  # for DDAS: paths that may answer; None means all
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What became of a batch; columns of the DDAS scores are in the order of `tasks`."""
+
+    features_BE: Tensor  # unit length, float32
+    paths: list[int]
+    tasks: list[int]
+    scores_BT: Tensor
+    accepted_BT: Tensor
+
+
+class Classifier:
+    """A routed model and the selectors of its tasks, run at one batch size."""
+
+    def __init__(self, model: RoutedModel, *, bucket: int = 1) -> None:
+        self.model = model
+        self.selectors = SelectorBank()
+        self.bucket = bucket
+
+    @torch.inference_mode()
+    def route(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
+        """Decide every image's path and encode it along that path.
+
+        Args:
+            pixels_BCHW: uint8, as `Backbone.pixels` makes them.
+            asks: one for each image.
+        """
+        parts = [
+            self._bucketful(pixels_BCHW[i : i + self.bucket], asks[i : i + self.bucket])
+            for i in range(0, len(asks), self.bucket)
+        ]
+        tasks = list(self.selectors.tasks)
+        return Routed(
+            torch.cat([p.features_BE for p in parts]) if parts else torch.empty(0),
+            [path for p in parts for path in p.paths],
+            tasks,
+            torch.cat([p.scores_BT for p in parts]) if parts else torch.empty(0, len(tasks)),
+            torch.cat([p.accepted_BT for p in parts]) if parts else torch.empty(0, len(tasks)),
+        )
+
+    def _bucketful(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
+        count = len(asks)
+        images_BCHW = self.model.backbone.normalise(_padded(pixels_BCHW, self.bucket))
+        asks = [*asks, *[Ask(ZERO_SHOT)] * (self.bucket - count)]
+        frozen = self.model.frozen(images_BCHW, taps=self.selectors.taps)
+        scores_BT, accepted_BT = self.selectors.scores(frozen.taps, self.bucket)
+        eligible_BT = self._eligible(asks, scores_BT)
+        chosen_B = self.selectors.decide(scores_BT, accepted_BT, eligible_BT)
+        paths = [
+            int(chosen) if ask.path is None else ask.path
+            for ask, chosen in zip(asks, chosen_B.tolist(), strict=True)
+        ]
+        paths_B = torch.tensor(paths, device=images_BCHW.device)
+        features_BE = F.normalize(self.model.finish(frozen.hidden_BLD, paths_B).float(), dim=-1)
+        tasks = list(self.selectors.tasks)
+        return Routed(
+            features_BE[:count], paths[:count], tasks, scores_BT[:count], accepted_BT[:count]
+        )
+
+    def _eligible(self, asks: Sequence[Ask], scores_BT: Tensor) -> Tensor:
+        rows = [
+            [ask.eligible is None or task in ask.eligible for task in self.selectors.tasks]
+            for ask in asks
+        ]
+        return torch.tensor(rows, dtype=torch.bool, device=scores_BT.device).view(scores_BT.shape)
+
+
+def logits(features_E: Tensor, class_text_CE: Tensor, logit_scale: float) -> Tensor:
+    """Scaled cosine of one image with each class, (C,); one row, so neighbours cannot matter."""
+    return logit_scale * (class_text_CE @ features_E)
+
+
+def _padded(pixels_BCHW: Tensor, size: int) -> Tensor:
+    missing = size - len(pixels_BCHW)
+    return pixels_BCHW if not missing else F.pad(pixels_BCHW, (0, 0) * 3 + (0, missing))

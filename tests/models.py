@@ -1,0 +1,81 @@
+"""Small random backbones and experts for tests: open_clip's own classes, weights from a seed."""
+
+from collections.abc import Sequence
+
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
+
+from medley.backbone import Backbone, wrap
+from medley.experts import BlockExperts, TaskExperts
+
+CONTEXT, VOCABULARY = 12, 128
+VISION_WIDTH, TEXT_WIDTH, IMAGE_BLOCKS, TEXT_BLOCKS = 64, 32, 3, 2
+
+
+def tiny_tokenizer(texts: Sequence[str]) -> Tensor:
+    """Turn a text's bytes into ids 1..126; the end of text has the highest id, as in CLIP."""
+    rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
+    for row, text in zip(rows, texts, strict=True):
+        ids = [1, *(2 + byte % 120 for byte in text.encode()[: CONTEXT - 2]), VOCABULARY - 1]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+def tiny_backbone(seed: int = 0) -> Backbone:
+    """Build a backbone of 3 image and 2 text blocks for 32 x 32 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIP(
+            24,
+            CLIPVisionCfg(
+                layers=IMAGE_BLOCKS, width=VISION_WIDTH, head_width=32, patch_size=8, image_size=32
+            ),
+            CLIPTextCfg(
+                context_length=CONTEXT,
+                vocab_size=VOCABULARY,
+                width=TEXT_WIDTH,
+                heads=1,
+                layers=TEXT_BLOCKS,
+            ),
+        )
+    model.visual.preprocess_cfg = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return wrap(model, name="tiny", tokenizer=tiny_tokenizer)
+
+
+def random_experts(
+    seed: int = 0,
+    *,
+    first_expert_block: int = 0,
+    num_experts: int = 3,
+    top_k: int = 2,
+    bottleneck: int = 8,
+    backbone: Backbone | None = None,
+) -> TaskExperts:
+    """Make experts that matter: large enough to change every feature of the tiny backbone."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks, text_blocks = IMAGE_BLOCKS, TEXT_BLOCKS
+    width, text_width = VISION_WIDTH, TEXT_WIDTH
+    if backbone is not None:
+        assert backbone.text is not None
+        blocks, text_blocks = len(backbone.image.blocks), len(backbone.text.blocks)
+        width, text_width = backbone.image.width, backbone.text.width
+
+    def block_experts(width: int) -> BlockExperts:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator) * 0.3
+
+        return BlockExperts(
+            normal(num_experts, bottleneck, width),
+            normal(num_experts, bottleneck),
+            normal(num_experts, bottleneck, width),
+            normal(num_experts, width),
+            normal(width, num_experts),
+        )
+
+    return TaskExperts(
+        vision={b: block_experts(width) for b in range(first_expert_block, blocks)},
+        text={b: block_experts(text_width) for b in range(text_blocks)},
+        top_k=top_k,
+        scale=0.1,
+    )
