@@ -166,7 +166,8 @@ def write_bundle(manifest: Manifest, tensors: Mapping[str, Tensor], path: Path) 
             written, such as on a full disk; nothing is left behind, an older file at `path` stays.
     """
     body = manifest.model_dump(mode="json", exclude={"seal"})
-    data = sealed.pack(json.dumps(body, sort_keys=True, ensure_ascii=False), tensors)
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    data = sealed.pack(text, tensors)
     bundle = read_bundle(data)
     try:
         _replace(path, data)
