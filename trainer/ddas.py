@@ -1,0 +1,251 @@
+"""Fits a task's selector: an autoencoder for each level, and a threshold that keeps a promise.
+
+It sees frozen features of the task's own training images and nothing else: no images of other
+tasks, no reference set. The selector itself is `medley/selector.py`. The defaults come from the
+experiment in `trainer/experiments/routing.py`; `docs/adr/0006-ddas-features.md` says why.
+
+Legend: N images, L levels, F feature width, C code width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from medley.errors import DataError
+from medley.selector import Level, TaskSelector, conformal_threshold
+
+__all__ = [
+    "DEFAULT_ALPHA",
+    "DEFAULT_CODE_SIZE",
+    "DEFAULT_FEATURES",
+    "DEFAULT_ITERATIONS",
+    "false_reject_rate",
+    "fit_level",
+    "fit_selector",
+    "hold_out",
+]
+
+DEFAULT_FEATURES = ("stem:mean_std", "block4:mean")
+DEFAULT_CODE_SIZE = 32
+DEFAULT_ALPHA = 0.02
+DEFAULT_ITERATIONS = 1000
+
+HELD_OUT = 0.25  # share of a task's images that calibrates, where there are enough of them
+FOLDS = 5  # where there are not
+BATCH = 64
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-4  # MoE-Adapters, arXiv:2403.11549
+# Of a feature's average deviation: what hardly varies in the task must not decide alone.
+SMALLEST_STD = 0.05
+SMALLEST_SPREAD = 1e-3
+
+Taps = Mapping[str, Tensor]
+
+
+def hold_out(
+    taps: Taps, *, alpha: float = DEFAULT_ALPHA, seed: int = 0
+) -> tuple[Taps, Taps | None]:
+    """Split a task's images at random into those that fit and those that calibrate.
+
+    Args:
+        taps: frozen features (N, F) by name, all of the same N images.
+        alpha: what is to be promised; it decides how many images calibration needs.
+        seed: of the split.
+
+    Returns:
+        what `fit_selector` takes; no calibration images where a quarter of N is too few for alpha.
+    """
+    count = _count(taps)
+    held_out = round(HELD_OUT * count)
+    if conformal_threshold(torch.zeros(_for_threshold(held_out)), alpha) == math.inf:
+        return taps, None
+    order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return _rows(taps, order_N[held_out:]), _rows(taps, order_N[:held_out])
+
+
+def fit_selector(
+    taps_fit: Taps,
+    taps_calibration: Taps | None,
+    *,
+    features: Sequence[str] = DEFAULT_FEATURES,
+    code_size: int = DEFAULT_CODE_SIZE,
+    alpha: float = DEFAULT_ALPHA,
+    seed: int = 0,
+    iterations: int = DEFAULT_ITERATIONS,
+) -> TaskSelector:
+    """Fit a selector on some images of a task and calibrate it on others.
+
+    With calibration images, P(a new image of the task is refused) <= alpha is a theorem (see
+    `conformal_threshold`): those that set the threshold have no part in the autoencoders, nor in
+    center and spread. Without, every image is scored by autoencoders of the other four fifths
+    ("cross-fitting"); the promise is then kept in practice but not proved, for the selector's own
+    autoencoders have seen all images.
+
+    Args:
+        taps_fit: frozen features (N, F) by name; at least `features`.
+        taps_calibration: the same of other images, or None to cross-fit.
+        features: one level for each.
+        code_size: C of every level.
+        alpha: the share of the task's own images that may be refused. With n scores nothing below
+            1 / (n + 1) can be promised; then that is promised, and the selector's `alpha` says so.
+        seed: decides everything that is random; equal seeds give equal bits on one machine.
+        iterations: of each autoencoder's training.
+
+    Raises:
+        DataError: too few images: one to fit, two to cross-fit, two to calibrate.
+        KeyError: a feature is missing.
+    """
+    fit = partial(_fit_levels, features=features, C=code_size, seed=seed, iterations=iterations)
+    if taps_calibration is None:
+        log_errors_NL = _cross_fitted_log_errors(taps_fit, fit, seed)
+        levels = _standardised(fit(taps_fit), log_errors_NL)
+        center_L = torch.tensor([level.center for level in levels])
+        spread_L = torch.tensor([level.spread for level in levels])
+        scores_N = ((log_errors_NL - center_L) / spread_L).sum(1)
+    else:
+        for_scale, for_threshold = _split_calibration(taps_calibration, seed)
+        levels = fit(taps_fit)
+        levels = _standardised(levels, _log_errors(levels, for_scale))
+        scores_N = TaskSelector(levels, threshold=math.inf, alpha=None).scores(for_threshold)
+    return _with_threshold(levels, scores_N, alpha)
+
+
+def fit_level(
+    features_NF: Tensor, feature: str, *, code_size: int, seed: int, iterations: int
+) -> Level:
+    """Fit one autoencoder; center 0 and spread 1, so that its score is the plain log error.
+
+    Adam, batches of 64 drawn with replacement, cosine decay of the learning rate to 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x_NF = features_NF.detach().to("cpu", torch.float32)
+    mean_F, std_F = _mean_and_std(x_NF)
+    z_NF = (x_NF - mean_F) / std_F
+    weights = _initial_weights(x_NF.shape[1], code_size, generator)
+    encoder_FC, encoder_bias_C, decoder_CF, decoder_bias_F = weights
+    optimiser = Adam(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = CosineAnnealingLR(optimiser, iterations)
+    for _ in range(iterations):
+        z_BF = z_NF[torch.randint(len(z_NF), (BATCH,), generator=generator)]
+        code_BC = torch.addmm(encoder_bias_C, z_BF, encoder_FC).relu()
+        loss = (torch.addmm(decoder_bias_F, code_BC, decoder_CF) - z_BF).square().mean()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
+        schedule.step()
+    return Level(
+        feature=feature,
+        mean_F=mean_F,
+        std_F=std_F,
+        encoder_FC=encoder_FC.detach(),
+        encoder_bias_C=encoder_bias_C.detach(),
+        decoder_CF=decoder_CF.detach(),
+        decoder_bias_F=decoder_bias_F.detach(),
+        center=0.0,
+        spread=1.0,
+    )
+
+
+def false_reject_rate(selector: TaskSelector, taps: Taps) -> float:
+    """Share of the task's own images that the selector refuses; NaN of no images."""
+    return float((selector.scores(taps) > selector.threshold).double().mean())
+
+
+def _fit_levels(
+    taps: Taps, *, features: Sequence[str], C: int, seed: int, iterations: int
+) -> tuple[Level, ...]:
+    _count(taps)
+    return tuple(
+        fit_level(taps[feature], feature, code_size=C, seed=seed, iterations=iterations)
+        for feature in features
+    )
+
+
+def _mean_and_std(x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    std_F = x_NF.std(0, correction=0)
+    floor = (SMALLEST_STD * std_F.mean()).clamp_min(torch.finfo(torch.float32).eps)
+    return x_NF.mean(0), std_F.maximum(floor)
+
+
+def _initial_weights(F: int, C: int, generator: torch.Generator) -> list[Tensor]:
+    """Weights of two linear layers as PyTorch draws them: uniform within 1 / sqrt(fan-in)."""
+
+    def uniform(*shape: int, fan_in: int) -> Tensor:
+        bound = fan_in**-0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator).requires_grad_()
+
+    return [
+        uniform(F, C, fan_in=F),
+        uniform(C, fan_in=F),
+        uniform(C, F, fan_in=C),
+        uniform(F, fan_in=C),
+    ]
+
+
+def _log_errors(levels: Sequence[Level], taps: Taps) -> Tensor:
+    """Plain log errors (N, L) of levels that still have center 0 and spread 1."""
+    alone = (TaskSelector((level,), threshold=math.inf, alpha=None) for level in levels)
+    return torch.stack([selector.scores(taps) for selector in alone], 1)
+
+
+def _cross_fitted_log_errors(taps: Taps, fit: partial[tuple[Level, ...]], seed: int) -> Tensor:
+    """Log errors (N, L) of every image under autoencoders that have not seen it."""
+    count = _count(taps, least=2)
+    order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    folds = order_N.tensor_split(min(FOLDS, count))
+    parts = []
+    for held_out in folds:
+        others = torch.cat([fold for fold in folds if fold is not held_out])
+        parts.append(_log_errors(fit(_rows(taps, others)), _rows(taps, held_out)))
+    return torch.cat(parts)
+
+
+def _standardised(levels: Sequence[Level], log_errors_NL: Tensor) -> tuple[Level, ...]:
+    return tuple(
+        replace(
+            level,
+            center=float(log_errors_N.mean()),
+            spread=max(float(log_errors_N.std(correction=0)), SMALLEST_SPREAD),
+        )
+        for level, log_errors_N in zip(levels, log_errors_NL.unbind(1), strict=True)
+    )
+
+
+def _with_threshold(levels: tuple[Level, ...], scores_N: Tensor, alpha: float) -> TaskSelector:
+    threshold = conformal_threshold(scores_N, alpha)
+    if threshold == math.inf:
+        threshold, alpha = float(scores_N.max()), 1 / (len(scores_N) + 1)
+    return TaskSelector(levels, threshold=threshold, alpha=alpha)
+
+
+def _split_calibration(taps: Taps, seed: int) -> tuple[Taps, Taps]:
+    """A third of the images for center and spread, the rest for the threshold."""
+    count = _count(taps, least=2)
+    order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    kept = _for_threshold(count)
+    return _rows(taps, order_N[kept:]), _rows(taps, order_N[:kept])
+
+
+def _for_threshold(count: int) -> int:
+    return max(count - max(count // 3, 1), 0)
+
+
+def _rows(taps: Taps, index: Tensor) -> Taps:
+    return {name: x_NF[index] for name, x_NF in taps.items()}
+
+
+def _count(taps: Taps, *, least: int = 1) -> int:
+    counts = {len(x_NF) for x_NF in taps.values()}
+    if len(counts) != 1:
+        raise ValueError(f"features of different numbers of images: {sorted(counts)}")
+    if (count := counts.pop()) < least:
+        raise DataError(f"{count} images are too few for a selector; it needs at least {least}")
+    return count
