@@ -29,7 +29,7 @@ from service.state import Service
 from service.store import BundleStore
 from service.tasks import Tasks
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "load_backbone_of"]
 
 OnStep = Callable[[str], None]
 
@@ -80,7 +80,8 @@ async def _start(
     stack.callback(store.close)
     registry = LocalRegistry(settings.store / "registry.sqlite", on_step=on_step)
     stack.callback(registry.close)
-    backbone = backbone or await asyncio.to_thread(_backbone, settings)
+    if backbone is None:
+        backbone = await asyncio.to_thread(load_backbone_of, settings)
     metrics.describe(backbone.name, backbone.fingerprint)
     classifier = _classifier(settings, backbone)
     engine = _engine(settings, metrics, classifier)
@@ -111,7 +112,8 @@ async def _start(
     return Service(settings, backbone, engine, service_tasks, classification, metrics)
 
 
-def _backbone(settings: Settings) -> Backbone:
+def load_backbone_of(settings: Settings) -> Backbone:
+    """The backbone that the settings name."""
     return load_backbone(settings.backbone, weights=settings.weights, device=settings.device)
 
 

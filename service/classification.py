@@ -1,6 +1,6 @@
 """One classification: decode, ask the engine, choose the label set, name the labels.
 
-The rules (`docs/api.md` has them for people): a path is chosen first, then the labels; labels of the
+The rules (`docs/api.md` has them for people): a path is chosen first, then the labels: those of the
 request, else the task's own, else the union of all live tasks' classes.
 """
 

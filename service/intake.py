@@ -143,7 +143,7 @@ def _options(items: Iterable[tuple[str, str]]) -> ClassifyOptions:
         else:
             fields[name] = value
     with _request_errors():
-        return ClassifyOptions.model_validate_strings(fields)
+        return ClassifyOptions.model_validate(fields)
 
 
 def _check_counts(intake: Intake, settings: Settings) -> None:

@@ -67,7 +67,7 @@ class LabelCache:
     def _start(
         self, labels: tuple[str, ...], templates: tuple[str, ...], path: int
     ) -> asyncio.Future[Tensor]:
-        """Queue all jobs at once: they come before the unload of `path`, should the caller leave."""
+        """Queue all jobs at once, so that they run before `path` can be unloaded."""
         parts = [labels[i : i + CHUNK] for i in range(0, len(labels), CHUNK)]
         jobs = [self._engine.run(partial(self._encode, part, templates, path)) for part in parts]
         return asyncio.ensure_future(_concatenated([asyncio.wrap_future(job) for job in jobs]))

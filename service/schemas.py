@@ -33,17 +33,19 @@ class ClassifyOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
-        "auto",
+        default="auto",
         min_length=1,
         max_length=200,
         description="`auto`, `base`, a task, or `task@version`",
     )
-    labels: list[Label] | None = Field(None, description="Choose among these instead of a task's")
-    templates: list[Template] | None = Field(
-        None, description='Prompts for the labels, each with one "{}"'
+    labels: list[Label] | None = Field(
+        default=None, description="Choose among these instead of a task's"
     )
-    top_k: int = Field(5, ge=1, le=1000, description="How many labels to name")
-    explain: bool = Field(False, description="Add every live task's score and threshold")
+    templates: list[Template] | None = Field(
+        default=None, description='Prompts for the labels, each with one "{}"'
+    )
+    top_k: int = Field(default=5, ge=1, le=1000, description="How many labels to name")
+    explain: bool = Field(default=False, description="Add every live task's score and threshold")
 
     @field_validator("labels")
     @classmethod
@@ -81,7 +83,7 @@ class ClassifyRequest(ClassifyOptions):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     image: ImageInput | None = None
-    images: list[ImageInput] | None = Field(None, min_length=1)
+    images: list[ImageInput] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_form(self) -> ClassifyRequest:
@@ -109,8 +111,10 @@ class Path(BaseModel):
 class TaskScore(BaseModel):
     """What DDAS thinks of one image and one live task; smaller is more familiar."""
 
-    score: float | None = Field(description="null if it is not a finite number")
-    threshold: float | None = Field(description="accepted up to here; null for any score")
+    score: float | None = Field(default=None, description="Absent if it is not a finite number")
+    threshold: float | None = Field(
+        default=None, description="Accepted up to here; absent if any score is"
+    )
     accepted: bool
 
 

@@ -22,44 +22,70 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MEDLEY_", frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="Address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
-    store: Path = Field(Path("store"), description="Folder of the registry and the bundle files")
+    host: str = Field(default="127.0.0.1", description="Address to listen on")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one"
+    )
+    store: Path = Field(
+        default=Path("store"), description="Folder of the registry and the bundle files"
+    )
     admin_key: SecretStr | None = Field(
-        None,
+        default=None,
         description="Bearer key that changes need; without one they work on a loopback host only",
     )
 
-    backbone: str = Field("medley-mini", description="Name of the frozen CLIP")
-    weights: Path | None = Field(None, description="File of its weights, instead of its own")
-    device: str = Field("cpu", description="Torch device that computes")
-    threads: int = Field(0, ge=0, description="Torch threads on a CPU; 0 leaves torch's choice")
+    backbone: str = Field(default="medley-mini", description="Name of the frozen CLIP")
+    weights: Path | None = Field(
+        default=None, description="File of its weights, instead of its own"
+    )
+    device: str = Field(default="cpu", description="Torch device that computes")
+    threads: int = Field(
+        default=0, ge=0, description="Torch threads on a CPU; 0 leaves torch's choice"
+    )
     first_expert_block: int = Field(
-        0, ge=0, description="Blocks before this one are shared by all paths"
+        default=0, ge=0, description="Blocks before this one are shared by all paths"
     )
-    paths: int = Field(64, ge=1, description="Task versions that may be on the device")
-    slots: int = Field(128, ge=1, description="Expert slots per block and tower")
-    max_experts: int = Field(32, ge=1, description="Experts of one task in one block")
-    max_bottleneck: int = Field(64, ge=1, description="Widest expert bottleneck")
-    max_top_k: int = Field(4, ge=1, description="Most experts that one image may take in a block")
+    paths: int = Field(default=64, ge=1, description="Task versions that may be on the device")
+    slots: int = Field(default=128, ge=1, description="Expert slots per block and tower")
+    max_experts: int = Field(default=32, ge=1, description="Experts of one task in one block")
+    max_bottleneck: int = Field(default=64, ge=1, description="Widest expert bottleneck")
+    max_top_k: int = Field(
+        default=4, ge=1, description="Most experts that one image may take in a block"
+    )
 
-    max_batch: int = Field(8, ge=1, description="Images per forward; every forward has this size")
-    max_wait_ms: float = Field(5.0, ge=0, description="Longest wait for a batch to fill, in ms")
-    queue_limit: int = Field(512, ge=1, description="Images that may wait; more are answered 429")
-    decode_threads: int = Field(2, ge=1, description="Threads that decode images")
+    max_batch: int = Field(
+        default=8, ge=1, description="Images per forward; every forward has this size"
+    )
+    max_wait_ms: float = Field(
+        default=5.0, ge=0, description="Longest wait for a batch to fill, in ms"
+    )
+    queue_limit: int = Field(
+        default=512, ge=1, description="Images that may wait; more are answered 429"
+    )
+    decode_threads: int = Field(default=2, ge=1, description="Threads that decode images")
     heartbeat_s: float = Field(
-        10.0, gt=0, description="An idle engine proves itself with a forward this often"
+        default=10.0, gt=0, description="An idle engine proves itself with a forward this often"
     )
-    drain_s: int = Field(20, ge=0, description="Longest wait for requests in flight at shutdown")
+    drain_s: int = Field(
+        default=20, ge=0, description="Longest wait for requests in flight at shutdown"
+    )
 
-    max_request_bytes: int = Field(32 * MIB, ge=1, description="Largest body of a classification")
-    max_image_bytes: int = Field(16 * MIB, ge=1, description="Largest encoded image")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, width x height")
-    max_images: int = Field(64, ge=1, description="Images in one request")
-    max_labels: int = Field(1000, ge=1, description="Labels in one request")
-    max_prompts: int = Field(4000, ge=1, description="Labels x templates in one request")
-    max_bundle_bytes: int = Field(512 * MIB, ge=1, description="Largest bundle that is taken in")
-    label_cache: int = Field(256, ge=1, description="Label sets whose text features are kept")
+    max_request_bytes: int = Field(
+        default=32 * MIB, ge=1, description="Largest body of a classification"
+    )
+    max_image_bytes: int = Field(default=16 * MIB, ge=1, description="Largest encoded image")
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Largest image, width x height"
+    )
+    max_images: int = Field(default=64, ge=1, description="Images in one request")
+    max_labels: int = Field(default=1000, ge=1, description="Labels in one request")
+    max_prompts: int = Field(default=4000, ge=1, description="Labels x templates in one request")
+    max_bundle_bytes: int = Field(
+        default=512 * MIB, ge=1, description="Largest bundle that is taken in"
+    )
+    label_cache: int = Field(
+        default=256, ge=1, description="Label sets whose text features are kept"
+    )
 
     @model_validator(mode="after")
     def _queue_takes_a_request(self) -> Settings:

@@ -1,8 +1,8 @@
 """The life of a task version on this server: taken in, live, rolled back, gone, restored at start.
 
-Order of every change: bytes to the store, admission on the device, one registry transaction, flip of
-the pointer in memory. So a crash leaves the registry before or after, and nothing is reported live
-that is not. One change at a time; requests go on meanwhile.
+Order of every change: bytes to the store, admission on the device, one registry transaction, flip
+of the pointer in memory. So a crash leaves the registry before or after, and nothing is reported
+live that is not. One change at a time; requests go on meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medley.admission import admit
+from medley.admission import admit, retire
 from medley.bundle import Bundle, read_bundle
 from medley.classifier import Classifier
 from medley.errors import MedleyError
@@ -215,8 +215,12 @@ class Tasks:
         """Runs on the engine's thread."""
         manifest, model = bundle.manifest, self._classifier.model
         names = tuple(manifest.class_names)
-        zero_shot = class_text_features(model, names, manifest.templates)
         path = admit(bundle, self._classifier)
+        try:
+            zero_shot = class_text_features(model, names, manifest.templates)
+        except BaseException:
+            retire(path, self._classifier)
+            raise
         return Resident(
             record=record,
             path=path,
@@ -230,12 +234,7 @@ class Tasks:
         return read_bundle(path, max_bytes=self._max_bundle_bytes)
 
     def _unload_later(self, path: int) -> None:
-        self._engine.run(lambda: self._unload(path))
-
-    def _unload(self, path: int) -> None:
-        """Runs on the engine's thread."""
-        self._classifier.selectors.remove(path)
-        self._classifier.model.unload(path)
+        self._engine.run(lambda: retire(path, self._classifier))
 
     def _publish(self, snapshot: Snapshot) -> None:
         before, after = self.live.snapshot.residents, snapshot.residents
