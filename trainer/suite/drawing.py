@@ -25,7 +25,13 @@ def render_svg(svg: str, width: int, height: int) -> Image.Image:
     Raises:
         ValueError: the text is not an SVG that the renderer understands.
     """
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=width,
+        height=height,
+        skip_system_fonts=True,
+        dpi=96,  # without it a drawing measured in millimetres has no size
+    )
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 

@@ -132,8 +132,7 @@ def photographed(
 
 def _drawn_everywhere(candidates: Sequence[Country], icons: dict[str, IconSet]) -> list[Country]:
     """The first hundred states; territories, which `cif` leaves out, often fly another's flag."""
-    states = set(icons["cif"].names)
-    known = [country for country in candidates if country.iso in states]
+    known = [country for country in candidates if country.iso in icons["cif"]]
     complete = (c for c in known if len(drawings(c, icons, TRAIN_STYLES)) == len(TRAIN_STYLES))
     return [country for country, _ in zip(complete, range(NUM_COUNTRIES), strict=False)]
 

@@ -92,13 +92,15 @@ def build_digits(mnist: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def build_animals(animal_shape_mnist: Path) -> tuple[ImageSet, ImageSet]:
-    """Ten thousand animal silhouettes, split at random."""
+    """Ten thousand animal silhouettes, split at random; some are in it twice and used once."""
     folder = animal_shape_mnist / "animal_shape_mnist" / "data" / "Animal Shape"
     grey_NHW = load_array(gzip.decompress((folder / "animal_data_version_3.gz").read_bytes()))
     labels = load_array(gzip.decompress((folder / "animal_label_version_3.gz").read_bytes()))
     templates = ("a silhouette of a {}", "a picture of a {}")
-    labels_N = labels.astype(np.int64).ravel()
-    return _split_at_random("animals", ANIMALS, templates, grey_NHW.astype(np.uint8), labels_N)
+    _, first = np.unique(grey_NHW, axis=0, return_index=True)
+    first.sort()
+    grey_NHW, labels_N = grey_NHW[first].astype(np.uint8), labels.astype(np.int64).ravel()[first]
+    return _split_at_random("animals", ANIMALS, templates, grey_NHW, labels_N)
 
 
 def _split_at_random(

@@ -19,12 +19,16 @@ class IconSet:
     """One set, read from the unpacked package's ``icons.json``."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._set: dict[str, Any] = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all icons that are not hidden, sorted; aliases are not counted."""
-        return sorted(name for name, icon in self._set["icons"].items() if not icon.get("hidden"))
+    def names_in(self, *categories: str) -> list[str]:
+        """Names of the icons that the package's ``metadata.json`` files there, sorted."""
+        filed = json.loads((self._folder / "metadata.json").read_text(encoding="utf-8"))
+        return sorted(name for category in categories for name in filed["categories"][category])
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
 
     def draw(self, name: str, *, side: int = SIDE) -> Image.Image | None:
         """The icon as RGBA, its longer side `side` pixels; None if there is none of that name."""
