@@ -1,4 +1,5 @@
-"""The shared vocabulary of Medley: backbone, experts and router, the selector, the routed model, the bundle, errors.
+"""The shared vocabulary: backbone, experts and router, selector, routed model, bundle, errors.
 
-Import from the modules (``from medley.bundle import read_bundle``); the module's name is the documentation.
+Import from the modules (``from medley.bundle import read_bundle``); the module's name is the
+documentation.
 """

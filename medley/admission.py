@@ -1,0 +1,140 @@
+"""Between a verified bundle and a path that may be routed to.
+
+Does it suit this backbone, and does it still say what the trainer saw? A bundle carries a few
+inputs with their answers, and the very model that will serve it runs them first: a task that loads
+but answers wrongly is the worst kind of failure, because nobody notices.
+
+Legend: N self-test images, C classes, E joint embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medley.bundle import Bundle
+from medley.classifier import Ask, Classifier, logits
+from medley.errors import BackboneError, BundleError
+from medley.manifest import BackboneRef
+
+__all__ = ["admit", "backbone_ref", "record_self_test", "retire"]
+
+
+def backbone_ref(classifier: Classifier) -> BackboneRef:
+    """Describe the backbone of a classifier as a manifest names it."""
+    backbone = classifier.model.backbone
+    return BackboneRef(
+        name=backbone.name,
+        fingerprint=backbone.fingerprint,
+        image_size=backbone.image_size,
+        embed_dim=backbone.embed_dim,
+    )
+
+
+def record_self_test(
+    classifier: Classifier, path: int, class_text_CE: Tensor, pixels_NCHW: Tensor
+) -> dict[str, Tensor]:
+    """Run the inputs of a self-test along a loaded path and keep the answers.
+
+    Args:
+        classifier: with the path's experts and selector loaded.
+        path: the task's path.
+        class_text_CE: its class text features.
+        pixels_NCHW: uint8, as `Backbone.pixels` makes them.
+
+    Returns:
+        the bundle's `self_test.*` tensors: pixels, logits (N, C) and scores (N,).
+    """
+    logits_NC, scores_N = _answers(classifier, path, class_text_CE, pixels_NCHW)
+    return {
+        "self_test.pixels": pixels_NCHW,
+        "self_test.logits": logits_NC,
+        "self_test.scores": scores_N,
+    }
+
+
+def admit(bundle: Bundle, classifier: Classifier) -> int:
+    """Load a bundle, run its self-test on the real model, and make it routable.
+
+    Returns:
+        its path.
+
+    Raises:
+        BundleError: it is for another backbone (code `wrong_backbone`, every difference is listed),
+            or answers otherwise than when it was made (`self_test_failed`). Nothing stays loaded.
+        CapacityError: there is no room for it. Nothing stays loaded.
+    """
+    _check_backbone(bundle, classifier)
+    try:
+        path = classifier.model.load(bundle.task_experts())
+    except BackboneError as error:
+        raise BundleError([str(error)], code="wrong_backbone") from error
+    try:
+        classifier.selectors.add(path, bundle.selector())
+        _run_self_test(bundle, classifier, path)
+    except (BackboneError, ValueError) as error:  # DDAS looks at a feature that is not here
+        retire(path, classifier)
+        raise BundleError([f"DDAS: {error}"], code="wrong_backbone") from error
+    except BaseException:
+        retire(path, classifier)
+        raise
+    return path
+
+
+def retire(path: int, classifier: Classifier) -> None:
+    """Take a path out of routing and free its slots."""
+    if path in classifier.selectors.tasks:
+        classifier.selectors.remove(path)
+    classifier.model.unload(path)
+
+
+def _check_backbone(bundle: Bundle, classifier: Classifier) -> None:
+    manifest, backbone = bundle.manifest, classifier.model.backbone
+    ours = backbone_ref(classifier)
+    problems = [
+        f"{name}: made for {getattr(manifest.backbone, name)}, this backbone has {value}"
+        for name, value in ours
+        if name != "name" and getattr(manifest.backbone, name) != value
+    ]
+    text_width = backbone.text.width if backbone.text else None
+    for tower, spec, width, blocks in (
+        ("vision", manifest.vision, backbone.image.width, len(backbone.image.blocks)),
+        ("text", manifest.text, text_width, len(backbone.text.blocks) if backbone.text else 0),
+    ):
+        if spec.blocks and spec.width != width:
+            problems.append(f"{tower} experts are {spec.width} wide, the tower is {width}")
+        if any(block >= blocks for block in spec.blocks):
+            problems.append(f"{tower} experts up to block {max(spec.blocks)}, there are {blocks}")
+    if problems:
+        raise BundleError(problems, code="wrong_backbone")
+
+
+def _run_self_test(bundle: Bundle, classifier: Classifier, path: int) -> None:
+    expected_NC, tolerance = bundle.tensors["self_test.logits"], bundle.manifest.self_test.tolerance
+    logits_NC, scores_N = _answers(
+        classifier,
+        path,
+        bundle.tensors["class_text_features"].float(),
+        bundle.tensors["self_test.pixels"],
+    )
+    checks = (
+        ("logits", logits_NC, expected_NC),
+        ("DDAS scores", scores_N, bundle.tensors["self_test.scores"]),
+    )
+    problems = [
+        f"self-test: {name} differ by {worst:.3g}, {tolerance:.3g} is allowed"
+        for name, ours, theirs in checks
+        if not (worst := float((ours - theirs).abs().max())) <= tolerance
+    ]
+    if problems:
+        raise BundleError(problems, code="self_test_failed")
+
+
+def _answers(
+    classifier: Classifier, path: int, class_text_CE: Tensor, pixels_NCHW: Tensor
+) -> tuple[Tensor, Tensor]:
+    routed = classifier.route(pixels_NCHW, [Ask(path)] * len(pixels_NCHW))
+    scale = classifier.model.backbone.logit_scale
+    class_text_CE = class_text_CE.to(routed.features_BE.device)
+    logits_NC = torch.stack([logits(row, class_text_CE, scale) for row in routed.features_BE])
+    return logits_NC.cpu(), routed.scores_BT[:, routed.tasks.index(path)].cpu()
