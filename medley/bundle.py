@@ -16,11 +16,11 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 from torch import Tensor
 
 from medley import sealed
@@ -236,19 +236,17 @@ def _sync_folder(folder: Path) -> None:
 
 def _parse_manifest(text: str) -> tuple[Manifest | None, list[str]]:
     """Return the manifest, or None and what is wrong with it."""
-    _check_format(text)
     try:
+        _check_format(sealed.parse_json(text))
         return Manifest.model_validate_json(text, strict=True), []
     except ValidationError as error:
         return None, [_sentence(one) for one in error.errors(include_url=False)]
+    except ValueError as error:
+        return None, [f"manifest: {error}"]
 
 
-def _check_format(text: str) -> None:
+def _check_format(raw: Any) -> None:
     """Refuse another format version as such, before its unknown fields are called wrong."""
-    try:
-        raw = from_json(text)
-    except ValueError:
-        return  # the schema's own error says what is wrong
     version = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(version, int) and version != FORMAT:
         problem = f"this is bundle format {version}, only format {FORMAT} can be read"
@@ -303,7 +301,8 @@ def _misfits(bundle: Bundle) -> list[str]:
         if tensor.shape != shape:
             problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype not in dtypes:
-            problems.append(f"tensor {name} has dtype {tensor.dtype}, expected one of {dtypes}")
+            allowed = " or ".join(map(str, dtypes))
+            problems.append(f"tensor {name} has dtype {tensor.dtype}, expected {allowed}")
     return problems
 
 

@@ -7,7 +7,7 @@ suits a backbone is not decided here either, but at admission.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -23,7 +23,7 @@ __all__ = [
     "Training",
 ]
 
-FORMAT: Final = 1
+FORMAT = 1
 _UNSEALED = "0" * 64
 
 
@@ -128,7 +128,7 @@ class Manifest(_Part):
     """
 
     seal: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = _UNSEALED
-    format: Literal[1] = FORMAT
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
     task: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,30}$")]
     class_names: Annotated[

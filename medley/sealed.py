@@ -7,25 +7,25 @@ malice: whoever writes a file seals it.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
-from pydantic_core import from_json
 from safetensors import SafetensorError
 from torch import Tensor
 
 from medley.errors import BundleError
 
-__all__ = ["SealedFile", "pack", "unpack"]
+__all__ = ["SealedFile", "pack", "parse_json", "unpack"]
 
 _KEY = "medley"  # one metadata key only: safetensors writes several in random order
 _START = b'{"__metadata__":{"medley":"{\\"seal\\":\\"'
 _SEAL = slice(8 + len(_START), 8 + len(_START) + 64)
 _UNSEALED = "0" * 64
-_MAX_HEADER_BYTES = 32 * 1024 * 1024
+_MAX_HEADER_BYTES = 16 * 1024 * 1024
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
@@ -74,6 +74,26 @@ def unpack(data: bytes) -> SealedFile:
     return SealedFile(header.metadata[_KEY], _load(data, header))
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON that means the same to every reader.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or a key is repeated: of two seals or two tensors
+            of one name, one reader would see the first and another the last.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key is repeated")
+    return entries
+
+
 class _Entry(BaseModel):
     dtype: str
     shape: list[Annotated[int, Field(ge=0)]]
@@ -91,10 +111,10 @@ _ENTRIES = TypeAdapter(dict[str, _Entry])
 
 def _parse(header: bytes) -> _Header:
     try:
-        raw = from_json(header)
+        raw = parse_json(header.decode())
         metadata = _METADATA.validate_python(raw.pop("__metadata__", {}))
         return _Header(metadata, _ENTRIES.validate_python(raw))
-    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or not an object
+    except ValueError as error:
         raise _refusal("not_safetensors", "its header is not that of safetensors") from error
 
 

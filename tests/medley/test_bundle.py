@@ -137,7 +137,7 @@ def test_the_same_content_gives_the_same_bytes_in_another_process(tmp_path: Path
         "write_bundle(*tiny_bundle(seed=5), Path(sys.argv[1]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    command = [sys.executable, "-c", program, tmp_path / "theirs"]
+    command = [sys.executable, "-c", program, str(tmp_path / "theirs")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     written(tmp_path / "ours", seed=5)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
