@@ -1,0 +1,185 @@
+"""Trainable experts of one tower: frozen ones of earlier tasks and new ones, under this task's noisy router.
+
+What the trainer optimises and nothing else; a finished task is `medley.experts.BlockExperts`, made from this by
+`trainer/export.py`. At evaluation (no noise, no dropout) it computes what `kernels.expert_mixing` computes.
+
+Legend: B rows (images or prompts), L tokens, D width, E experts, R bottleneck, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medley.experts import BlockExperts
+
+__all__ = ["BlockMixture", "ExpertConfig", "NoisyRouter", "TowerMixture", "balance_loss"]
+
+_NOISE_FLOOR = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """What the experts of a run look like."""
+
+    num_new: int
+    bottleneck: int
+    top_k: int
+    scale: float
+    dropout: float
+
+
+class NoisyRouter(nn.Module):
+    """Noisy top-k gating; both matrices start at zero, so the first choices are drawn by lot.
+
+    Source: Shazeer et al., arXiv:1701.06538, eq. 3-5; MoE-Adapters, arXiv:2403.11549.
+    """
+
+    def __init__(self, width: int, num_experts: int, *, top_k: int) -> None:
+        super().__init__()
+        self.gate_DE = nn.Parameter(torch.zeros(width, num_experts))
+        self.noise_DE = nn.Parameter(torch.zeros(width, num_experts))
+        self.top_k = min(top_k, num_experts)
+
+    def forward(self, tokens_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts; in training with noise, and then the balance loss of this call is not zero.
+
+        Returns:
+            expert_BK int64 and gates_BK float32, best first, and the balance loss, a scalar.
+        """
+        # In float32 whatever the rest runs in, as the server routes: half precision flips close choices.
+        with torch.autocast(tokens_BD.device.type, enabled=False):
+            clean_BE = tokens_BD.float() @ self.gate_DE
+            if not self.training:
+                return *self._top(clean_BE), clean_BE.new_zeros(())
+            spread_BE = F.softplus(tokens_BD.float() @ self.noise_DE) + _NOISE_FLOOR
+            noisy_BE = clean_BE + torch.randn_like(clean_BE) * spread_BE
+            expert_BK, gates_BK = self._top(noisy_BE)
+            importance_BE = torch.zeros_like(clean_BE).scatter(1, expert_BK, gates_BK)
+            return expert_BK, gates_BK, balance_loss(importance_BE, clean_BE, noisy_BE, spread_BE)
+
+    def _top(self, logits_BE: Tensor) -> tuple[Tensor, Tensor]:
+        top_BK, expert_BK = logits_BE.topk(self.top_k, dim=-1)
+        return expert_BK, torch.softmax(top_BK, dim=-1)
+
+
+class BlockMixture(nn.Module):
+    """One block's experts, the frozen ones first, and the router over them all."""
+
+    frozen_down_ERD: Tensor
+    frozen_down_bias_ER: Tensor
+    frozen_up_ERD: Tensor
+    frozen_up_bias_ED: Tensor
+    counts_E: Tensor
+
+    def __init__(self, width: int, frozen: BlockExperts | None, config: ExpertConfig) -> None:
+        super().__init__()
+        new, rank = config.num_new, config.bottleneck
+        self.config = config
+        self.num_frozen = 0 if frozen is None else frozen.num_experts
+        self.router = NoisyRouter(width, self.num_frozen + new, top_k=config.top_k)
+        # How often each was chosen while training: the paper's freezing rule goes by it.
+        self.register_buffer("counts_E", torch.zeros(self.num_frozen + new))
+        # Identity at the start: up is zero. The bound is Kaiming's with a = sqrt(5), as torch's own Linear.
+        bound = 1 / math.sqrt(width)
+        self.down_ERD = nn.Parameter(torch.empty(new, rank, width).uniform_(-bound, bound))
+        self.down_bias_ER = nn.Parameter(torch.zeros(new, rank))
+        self.up_ERD = nn.Parameter(torch.zeros(new, rank, width))
+        self.up_bias_ED = nn.Parameter(torch.zeros(new, width))
+        for name in ("down_ERD", "down_bias_ER", "up_ERD", "up_bias_ED"):
+            trained = getattr(self, name)
+            kept = trained[:0].detach().clone() if frozen is None else getattr(frozen, name).float()
+            self.register_buffer(f"frozen_{name}", kept, persistent=False)
+
+    def forward(self, x_BLD: Tensor, *, one_route: bool = False) -> tuple[Tensor, Tensor]:
+        """Mix each row's experts.
+
+        Args:
+            x_BLD: the residual stream after attention, not layer-normed.
+            one_route: all rows have the same token 0, so they share one choice of experts (and in training one draw of
+                noise); the chosen ones are then a single wider expert for all rows, two products in place of 2 B.
+
+        Returns:
+            what to add to the block's output, (B, L, D) in x's dtype, and the balance loss.
+        """
+        tokens_BD = x_BLD[:1, 0] if one_route else x_BLD[:, 0]
+        expert_BK, gates_BK, balance = self.router(tokens_BD)
+        if self.training:
+            self.counts_E += torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
+        down_BHD = self._all("down_ERD")[expert_BK].flatten(1, 2)
+        up_BHD = self._all("up_ERD")[expert_BK].flatten(1, 2)
+        down_bias_BH = self._all("down_bias_ER")[expert_BK].flatten(1)
+        up_bias_BD = (gates_BK[:, :, None] * self._all("up_bias_ED")[expert_BK]).sum(1)
+        gates_BH = gates_BK.repeat_interleave(self.config.bottleneck, dim=1)
+        hidden_BLH = F.relu(_product(x_BLD, down_BHD.mT) + down_bias_BH[:, None])
+        hidden_BLH = F.dropout(hidden_BLH, self.config.dropout, self.training)
+        y_BLD = _product(hidden_BLH * gates_BH[:, None], up_BHD) + up_bias_BD[:, None]
+        return (self.config.scale * y_BLD).to(x_BLD.dtype), balance
+
+    def gates(self, x_BLD: Tensor) -> Tensor:
+        """Return every row's gates over all experts, (B, E): how much each is used."""
+        expert_BK, gates_BK, _ = self.router(x_BLD[:, 0])
+        all_BE = gates_BK.new_zeros(len(x_BLD), self.router.gate_DE.shape[1])
+        return all_BE.scatter(1, expert_BK, gates_BK)
+
+    def _all(self, name: str) -> Tensor:
+        return torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name)])
+
+
+class TowerMixture(nn.Module):
+    """The mixtures of one tower by block; blocks before the first have none."""
+
+    def __init__(
+        self,
+        width: int,
+        blocks: range,
+        frozen: Mapping[int, BlockExperts],
+        config: ExpertConfig,
+    ) -> None:
+        super().__init__()
+        self.mixtures = nn.ModuleDict(
+            {str(block): BlockMixture(width, frozen.get(block), config) for block in blocks}
+        )
+
+    @property
+    def blocks(self) -> list[int]:
+        """Which blocks have experts, ascending."""
+        return sorted(int(block) for block in self.mixtures)
+
+    def __getitem__(self, block: int) -> BlockMixture:
+        mixture = self.mixtures[str(block)]
+        assert isinstance(mixture, BlockMixture)
+        return mixture
+
+
+def balance_loss(
+    importance_BE: Tensor, clean_BE: Tensor, noisy_BE: Tensor, spread_BE: Tensor
+) -> Tensor:
+    """Return CV(importance)^2 + CV(load)^2: zero where all experts are used alike.
+
+    Load is the smooth count: the chance, over a fresh draw of one expert's noise, that it would be among the chosen.
+
+    Source: Shazeer et al., arXiv:1701.06538, eq. 6-11.
+    """
+    top_k = int((importance_BE[0] > 0).sum())
+    if top_k == clean_BE.shape[1]:
+        return clean_BE.new_zeros(())  # all are always chosen
+    best_BK = noisy_BE.topk(top_k + 1, dim=-1).values
+    kth_B1, next_B1 = best_BK[:, top_k - 1, None], best_BK[:, top_k, None]
+    rival_BE = torch.where(noisy_BE > next_B1, next_B1, kth_B1)
+    load_BE = torch.special.ndtr((clean_BE - rival_BE) / spread_BE)
+    return _squared_variation(importance_BE.sum(0)) + _squared_variation(load_BE.sum(0))
+
+
+def _squared_variation(values_E: Tensor) -> Tensor:
+    return values_E.var() / (values_E.mean() ** 2 + 1e-10)
+
+
+def _product(x_BLD: Tensor, weights_BDH: Tensor) -> Tensor:
+    """Multiply each row by its own matrix, or all rows by the only one."""
+    return x_BLD @ weights_BDH[0] if len(weights_BDH) == 1 else torch.bmm(x_BLD, weights_BDH)

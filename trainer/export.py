@@ -1,0 +1,391 @@
+"""From a trained learner to a bundle: keep the experts that matter, round, calibrate, measure, self-test, write.
+
+Everything that is measured here is measured on what is written: experts are rounded to their storage type first, and run through the
+routed model that a server runs.
+
+Legend: N images, C classes, E experts, D width, F width of a tap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medley.admission import backbone_ref, record_self_test
+from medley.backbone import Backbone
+from medley.bundle import (
+    Bundle,
+    Tower,
+    expert_tensors,
+    selector_spec,
+    selector_tensors,
+    tower_spec,
+    write_bundle,
+)
+from medley.classifier import Ask, Classifier, logits
+from medley.errors import BundleError
+from medley.experts import BlockExperts, TaskExperts
+from medley.manifest import Calibration, Manifest, SelfTest, Training
+from medley.pool import Capacity
+from medley.prompts import class_text_features
+from medley.routed import ZERO_SHOT, RoutedModel
+from medley.selector import TaskSelector, conformal_threshold
+from trainer.datasets import ImageSet
+from trainer.ddas import DEFAULT_FEATURES, false_reject_rate, fit_selector
+from trainer.experts import BlockMixture, TowerMixture
+from trainer.settings import TrainSettings
+from trainer.training import FrozenExperts, Learner
+from trainer.trunk import CHUNK, image_entrance, pixels_of
+
+__all__ = ["Label", "Usage", "capacity_for", "export", "frozen_experts", "keep", "measure_usage"]
+
+STORAGE = torch.bfloat16
+SELF_TEST_IMAGES = 4
+SELF_TEST_TOLERANCE = (
+    0.05  # logits are 100 times a cosine; other kernels and devices move them by 1e-3
+)
+USAGE_IMAGES = 2048  # the gates of more images than this change no decision
+BUCKET = 16
+
+Usage = dict[Tower, dict[int, Tensor]]  # share of the gates by tower, block: (E,), sums to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What a bundle is called and under which terms it may be used."""
+
+    task: str
+    version: str
+    licence: str
+
+
+def frozen_experts(
+    bundles: Sequence[Bundle], backbone: Backbone, settings: TrainSettings
+) -> FrozenExperts:
+    """Gather the experts of earlier bundles that this run's routers may choose, each of them once.
+
+    Raises:
+        BundleError: a bundle of another backbone, or whose experts cannot stand beside this run's; all problems are listed.
+    """
+    problems = [p for bundle in bundles for p in _misfits(bundle, backbone, settings)]
+    if problems:
+        raise BundleError(problems, code="after")
+    image_blocks = range(settings.first_image_block(backbone), len(backbone.image.blocks))
+    return FrozenExperts(
+        vision=_united([b.experts("vision") for b in bundles], image_blocks),
+        text=_united([b.experts("text") for b in bundles], settings.text_blocks(backbone)),
+    )
+
+
+def measure_usage(
+    learner: Learner, backbone: Backbone, images: ImageSet, settings: TrainSettings
+) -> Usage:
+    """Measure how much of its gates each expert gets over the training images and class prompts, without noise."""
+    usage: Usage = {"vision": {}, "text": {}}
+
+    def watch(tower: Tower, mixtures: TowerMixture) -> Callable[[int, Tensor], None]:
+        def observe(block: int, x_BLD: Tensor) -> None:
+            mass_E = mixtures[block].gates(x_BLD).sum(0)
+            usage[tower][block] = usage[tower].get(block, torch.zeros_like(mass_E)) + mass_E
+
+        return observe
+
+    first = settings.first_image_block(backbone)
+    chosen = np.random.default_rng(settings.seed).permutation(len(images))[:USAGE_IMAGES]
+    learner.eval()
+    with torch.no_grad():
+        for pixels_BCHW in _pixel_batches(backbone, images.subset(np.sort(chosen))):
+            entrance = image_entrance(backbone, pixels_BCHW, first)
+            learner.image_features(entrance, observe=watch("vision", learner.vision))
+        if learner.text is not None:
+            learner.text_features(observe=watch("text", learner.text))
+    return {
+        tower: {block: (mass_E / mass_E.sum()).cpu() for block, mass_E in blocks.items()}
+        for tower, blocks in usage.items()
+    }
+
+
+def keep(
+    learner: Learner, frozen: FrozenExperts, usage: Usage, settings: TrainSettings
+) -> TaskExperts:
+    """Keep each block's experts that carry the task, the router's columns for them, and nothing else.
+
+    A reused expert is passed on untouched, so that it keeps its digest; a new one is rounded to the storage type.
+    """
+
+    def tower(
+        mixtures: TowerMixture, shares: Mapping[int, Tensor], old: Mapping[int, BlockExperts]
+    ) -> dict[int, BlockExperts]:
+        return {
+            block: _kept(
+                mixtures[block],
+                old.get(block),
+                _chosen(shares[block], mixtures[block].counts_E, settings),
+            )
+            for block in mixtures.blocks
+        }
+
+    return TaskExperts(
+        vision=tower(learner.vision, usage["vision"], frozen.vision),
+        text={} if learner.text is None else tower(learner.text, usage["text"], frozen.text),
+        top_k=settings.top_k,
+        scale=settings.scale,
+    )
+
+
+def export(
+    experts: TaskExperts,
+    backbone: Backbone,
+    train: ImageSet,
+    held_out: ImageSet | None,
+    settings: TrainSettings,
+    *,
+    label: Label,
+    after: Sequence[Bundle],
+    data_digest: str,
+    path: Path,
+) -> Bundle:
+    """Calibrate DDAS, measure on held-out images, record the self-test and write the bundle.
+
+    Args:
+        experts: as `keep` returns them.
+        backbone: the one they were trained on.
+        train: what they were trained on; fits the autoencoders.
+        held_out: calibrates their thresholds; None: cross-fitting on `train`.
+        settings: of the run; go into the manifest.
+        label: task, version, licence.
+        after: the bundles whose experts could be reused.
+        data_digest: of all images given, hex.
+        path: of the file.
+
+    Raises:
+        BundleError: it cannot be written.
+    """
+    classifier = Classifier(_routed(backbone, experts, settings), bucket=BUCKET)
+    model = classifier.model
+    route = model.load(experts)
+    class_text_CE = class_text_features(model, train.class_names, train.templates, route)
+    selector, calibration = _calibrated(model, train, held_out, settings)
+    classifier.selectors.add(route, selector)
+    sample = held_out or train
+    self_test = record_self_test(
+        classifier, route, class_text_CE, pixels_of(backbone, sample, _spread(sample))
+    )
+    manifest = Manifest(
+        task=label.task,
+        version=label.version,
+        class_names=train.class_names,
+        templates=train.templates,
+        backbone=backbone_ref(classifier),
+        method=settings.method,
+        first_expert_block=model.first_expert_block,
+        bottleneck=settings.bottleneck,
+        top_k=settings.top_k,
+        scale=settings.scale,
+        vision=tower_spec(backbone.image.width, experts.vision),
+        text=tower_spec(backbone.text.width if backbone.text else 1, experts.text),
+        selector=selector_spec(selector, calibration),
+        training=Training(
+            data_digest=f"sha256:{data_digest}",
+            seed=settings.seed,
+            settings=settings.as_dict(),
+            metrics={}
+            if held_out is None
+            else _metrics(classifier, route, class_text_CE, held_out),
+            after=tuple(bundle.digest for bundle in after),
+        ),
+        licence=label.licence,
+        self_test=SelfTest(
+            images=len(self_test["self_test.pixels"]), tolerance=SELF_TEST_TOLERANCE
+        ),
+    )
+    tensors = {
+        **expert_tensors("vision", experts.vision),
+        **expert_tensors("text", experts.text),
+        **selector_tensors(selector),
+        **self_test,
+        "class_text_features": class_text_CE.cpu(),
+    }
+    return write_bundle(manifest, {n: t.contiguous() for n, t in tensors.items()}, path)
+
+
+def capacity_for(tasks: Sequence[TaskExperts]) -> Capacity:
+    """Just enough room for these tasks."""
+    blocks = [b for task in tasks for tower in (task.vision, task.text) for b in tower.values()]
+    top_k = max(task.top_k for task in tasks)
+    experts = max(block.num_experts for block in blocks)
+    return Capacity(
+        paths=len(tasks),
+        slots=experts * len(tasks),
+        experts=max(experts, top_k),
+        bottleneck=max(block.down_ERD.shape[1] for block in blocks),
+        max_top_k=top_k,
+    )
+
+
+def _routed(backbone: Backbone, experts: TaskExperts, settings: TrainSettings) -> RoutedModel:
+    first = settings.first_image_block(backbone)
+    return RoutedModel(backbone, first_expert_block=first, capacity=capacity_for([experts]))
+
+
+def _misfits(bundle: Bundle, backbone: Backbone, settings: TrainSettings) -> list[str]:
+    manifest = bundle.manifest
+    name = f"{manifest.task} {manifest.version}"
+    if manifest.backbone.fingerprint != backbone.fingerprint:
+        return [f"{name} was learnt on another backbone ({manifest.backbone.name}), not this one"]
+    problems = [
+        f"{name} has {field} {theirs:g}, this run {ours:g}; experts that share a block must agree"
+        for field, theirs, ours in (
+            ("bottleneck", manifest.bottleneck, settings.bottleneck),
+            ("scale", manifest.scale, settings.scale),
+        )
+        if theirs != ours
+    ]
+    experts = [*bundle.experts("vision").values(), *bundle.experts("text").values()]
+    if any(block.down_ERD.dtype != STORAGE for block in experts):
+        problems.append(f"{name} does not store its experts as {STORAGE}; they cannot be reused")
+    return problems
+
+
+def _united(towers: Sequence[Mapping[int, BlockExperts]], blocks: range) -> dict[int, BlockExperts]:
+    """One stack of experts a block, without repetitions, in the order of the bundles."""
+    united = {}
+    for block in blocks:
+        distinct = {
+            experts.digest(i): (experts, i)
+            for tower in towers
+            if (experts := tower.get(block)) is not None
+            for i in range(experts.num_experts)
+        }
+        if distinct:
+            united[block] = _stacked(list(distinct.values()))
+    return united
+
+
+def _stacked(members: Sequence[tuple[BlockExperts, int]]) -> BlockExperts:
+    def stack(name: str) -> Tensor:
+        return torch.stack([getattr(experts, name)[i] for experts, i in members])
+
+    down_ERD = stack("down_ERD")
+    return BlockExperts(
+        down_ERD,
+        stack("down_bias_ER"),
+        stack("up_ERD"),
+        stack("up_bias_ED"),
+        router_DE=torch.zeros(down_ERD.shape[2], len(members)),  # nobody's: every task has its own
+    )
+
+
+def _chosen(share_E: Tensor, counts_E: Tensor, settings: TrainSettings) -> list[int]:
+    """Which experts stay, ascending: the smallest set that covers the mass, or the paper's most counted."""
+    if settings.freeze == "count":
+        order = counts_E.argsort(descending=True, stable=True)
+        return sorted(order[: settings.freeze_count].tolist())
+    order = share_E.argsort(descending=True, stable=True)
+    covered = share_E[order].cumsum(0)
+    needed = int((covered < settings.freeze_mass).sum()) + 1
+    return sorted(order[:needed].tolist())
+
+
+def _kept(mixture: BlockMixture, old: BlockExperts | None, chosen: list[int]) -> BlockExperts:
+    def pick(name: str) -> Tensor:
+        new = getattr(mixture, name).detach().cpu().to(STORAGE)
+        return (new if old is None else torch.cat([getattr(old, name), new]))[chosen]
+
+    return BlockExperts(
+        pick("down_ERD"),
+        pick("down_bias_ER"),
+        pick("up_ERD"),
+        pick("up_bias_ED"),
+        # float32: it is small, and rounding it would send images elsewhere than they were trained to go.
+        router_DE=mixture.router.gate_DE.detach().cpu()[:, chosen],
+    )
+
+
+def _calibrated(
+    model: RoutedModel, train: ImageSet, held_out: ImageSet | None, settings: TrainSettings
+) -> tuple[TaskSelector, Calibration]:
+    features = _features(model.backbone)
+    fit = _taps(model, train, features)
+    calibration = None if held_out is None else _taps(model, held_out, features)
+    enough = held_out is not None and _can_promise(settings.alpha, len(held_out))
+    if calibration is not None and not enough:  # too few to promise alpha: every image counts
+        fit = {name: torch.cat([fit[name], calibration[name]]) for name in features}
+    selector = fit_selector(
+        fit,
+        calibration if enough else None,
+        features=features,
+        alpha=settings.alpha,
+        seed=settings.seed,
+    )
+    measured = calibration if calibration is not None and enough else fit
+    return selector, Calibration(
+        method="split conformal" if enough else "cross-fitted conformal",
+        images=len(next(iter(measured.values()))),
+        false_reject_rate=false_reject_rate(selector, measured),
+    )
+
+
+def _features(backbone: Backbone) -> tuple[str, ...]:
+    """DDAS's features; a tower that is not deep enough for one of them offers its last block's."""
+    depth = len(backbone.image.blocks)
+
+    def within(feature: str) -> str:
+        place, colon, pool = feature.partition(":")
+        deep = place.startswith("block") and int(place.removeprefix("block")) > depth
+        return f"block{depth}{colon}{pool}" if deep else feature
+
+    return tuple(within(feature) for feature in DEFAULT_FEATURES)
+
+
+def _can_promise(alpha: float, held_out: int) -> bool:
+    """Whether the two thirds of the held-out images that set the threshold are enough for alpha."""
+    return conformal_threshold(torch.zeros(held_out - held_out // 3), alpha) != math.inf
+
+
+def _taps(model: RoutedModel, images: ImageSet, features: Sequence[str]) -> dict[str, Tensor]:
+    backbone = model.backbone
+    with torch.inference_mode():
+        parts = [
+            model.frozen(backbone.normalise(pixels_BCHW), taps=features).taps
+            for pixels_BCHW in _pixel_batches(backbone, images)
+        ]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in features}
+
+
+def _metrics(
+    classifier: Classifier, route: int, class_text_CE: Tensor, held_out: ImageSet
+) -> dict[str, float]:
+    model = classifier.model
+    zero_shot_CE = class_text_features(model, held_out.class_names, held_out.templates)
+    return {
+        "held_out_accuracy": _accuracy(classifier, route, class_text_CE, held_out),
+        "held_out_accuracy_zero_shot": _accuracy(classifier, ZERO_SHOT, zero_shot_CE, held_out),
+    }
+
+
+def _accuracy(classifier: Classifier, path: int, class_text_CE: Tensor, images: ImageSet) -> float:
+    backbone = classifier.model.backbone
+    guesses = [
+        int(logits(features_E, class_text_CE, backbone.logit_scale).argmax())
+        for pixels_BCHW in _pixel_batches(backbone, images)
+        for features_E in classifier.route(pixels_BCHW, [Ask(path)] * len(pixels_BCHW)).features_BE
+    ]
+    return float((np.array(guesses) == images.labels).mean())
+
+
+def _pixel_batches(backbone: Backbone, images: ImageSet) -> Iterator[Tensor]:
+    for start in range(0, len(images), CHUNK):
+        yield pixels_of(backbone, images, range(start, min(start + CHUNK, len(images))))
+
+
+def _spread(images: ImageSet) -> list[int]:
+    """A few images from all over the set: classes lie in order."""
+    count = min(SELF_TEST_IMAGES, len(images))
+    return [i * len(images) // count for i in range(count)]

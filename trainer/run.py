@@ -1,0 +1,180 @@
+"""One training run in its folder: from a data set to a bundle with checkpoint, report and plots beside it.
+
+It wires the parts together and knows no mathematics; `trainer/commands.py` gives it what people type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medley.backbone import Backbone
+from medley.bundle import Bundle
+from medley.errors import DataError
+from trainer.checkpoint import write_whole
+from trainer.datasets import ImageSet, few_shot, split
+from trainer.export import Label, Usage, export, frozen_experts, keep, measure_usage
+from trainer.plots import curves_png, usage_png
+from trainer.settings import TrainSettings
+from trainer.training import History, Watcher, train
+
+__all__ = ["Outcome", "learn"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    bundle: Bundle
+    path: Path
+    report: dict[str, Any]
+
+
+def learn(
+    backbone: Backbone,
+    images: ImageSet,
+    settings: TrainSettings,
+    *,
+    label: Label,
+    folder: Path,
+    after: Sequence[Bundle] = (),
+    resume: bool = False,
+    checkpoint_every_s: float = 60.0,
+    watcher: Watcher,
+) -> Outcome:
+    """Learn a task and write `<task>-<version>.safetensors`, report and plots into a folder.
+
+    Raises:
+        DataError: the data cannot be learnt from, a setting does not suit the backbone, or the folder cannot be written.
+        BundleError: an earlier bundle does not fit, or the bundle cannot be written.
+    """
+    started_s = time.monotonic()
+    _make(folder)
+    frozen = frozen_experts(after, backbone, settings)
+    train_part, held_out = _parts(images, settings)
+    data_digest = images.digest
+    learner, history = train(
+        backbone,
+        train_part,
+        held_out,
+        settings,
+        frozen=frozen,
+        checkpoint=folder / "checkpoint.pt",
+        identity=_identity(backbone, images, data_digest, settings, after),
+        resume=resume,
+        checkpoint_every_s=checkpoint_every_s,
+        watcher=watcher,
+    )
+    trained_s = time.monotonic()
+    usage = measure_usage(learner, backbone, train_part, settings)
+    path = folder / f"{label.task}-{label.version}.safetensors"
+    bundle = export(
+        keep(learner, frozen, usage, settings),
+        backbone,
+        train_part,
+        held_out,
+        settings,
+        label=label,
+        after=after,
+        data_digest=data_digest,
+        path=path,
+    )
+    report = _report(bundle, path, images, history, usage) | {
+        "training_s": round(trained_s - started_s, 1),
+        "export_s": round(time.monotonic() - trained_s, 1),
+    }
+    _write_reports(folder, report, history, usage)
+    return Outcome(bundle, path, report)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder}: {error.strerror}", code="not_written") from error
+
+
+def _parts(images: ImageSet, settings: TrainSettings) -> tuple[ImageSet, ImageSet | None]:
+    if settings.shots is not None:  # too few to hold any back: DDAS cross-fits
+        return few_shot(images, settings.shots, settings.seed), None
+    return split(images, settings.hold_out, settings.seed)
+
+
+def _identity(
+    backbone: Backbone,
+    images: ImageSet,
+    data_digest: str,
+    settings: TrainSettings,
+    after: Sequence[Bundle],
+) -> str:
+    """Digest of everything that decides what is learnt."""
+    parts = {
+        "backbone": backbone.fingerprint,
+        "data": data_digest,
+        "templates": images.templates,
+        "settings": settings.as_dict(),
+        "after": [bundle.digest for bundle in after],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _report(
+    bundle: Bundle, path: Path, images: ImageSet, history: History, usage: Usage
+) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "task": manifest.task,
+        "version": manifest.version,
+        "bundle": path.name,
+        "digest": bundle.digest,
+        "size_bytes": path.stat().st_size,
+        "backbone": manifest.backbone.model_dump(mode="json"),
+        "images": len(images),
+        "classes": len(images.class_names),
+        "settings": dict(manifest.training.settings),
+        "metrics": dict(manifest.training.metrics),
+        "selector": manifest.selector.model_dump(mode="json"),
+        "after": list(manifest.training.after),
+        "experts_kept": {
+            tower: {block: len(digests) for block, digests in getattr(manifest, tower).blocks.items()}
+            for tower in ("vision", "text")
+        },
+        "usage": {
+            tower: {block: [round(float(s), 4) for s in shares] for block, shares in blocks.items()}
+            for tower, blocks in usage.items()
+        },
+        "history": vars(history),
+    }
+
+
+def _write_reports(folder: Path, report: dict[str, Any], history: History, usage: Usage) -> None:
+    write_whole(folder / "report.json", json.dumps(report, indent=1).encode())
+    write_whole(folder / "report.md", _markdown(report).encode())
+    write_whole(folder / "curves.png", curves_png(history))
+    write_whole(folder / "usage.png", usage_png(usage))
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    selector = report["selector"]
+    calibration = selector["calibration"]
+    rows = {
+        "bundle": f"{report['bundle']}, {report['size_bytes'] / 1e6:.2f} MB",
+        "digest": report["digest"],
+        "backbone": f"{report['backbone']['name']}, {report['backbone']['fingerprint']}",
+        "data": f"{report['images']} images of {report['classes']} classes",
+        "seconds": f"{report['training_s']} to train, {report['export_s']} to calibrate and export",
+        "DDAS": f"{calibration['method']} on {calibration['images']} images at alpha "
+        f"{selector['alpha']:.3g}; refuses {calibration['false_reject_rate']:.3f} of them",
+        **{name.replace("_", " "): f"{value:.4f}" for name, value in report["metrics"].items()},
+        **{name.replace("_", " "): value for name, value in report["settings"].items()},
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"# {report['task']} {report['version']}\n\n| | |\n|---|---|\n{table}\n\n"
+        "![loss and accuracy](curves.png)\n\n![share of the gates by expert](usage.png)\n"
+    )

@@ -1,0 +1,132 @@
+"""Everything that decides what a training run learns; equal settings, data and seed give equal bytes.
+
+Where files go, how often a checkpoint is written and what is shown on the way do not belong here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from medley.backbone import Backbone
+from medley.errors import DataError
+
+__all__ = ["PRESETS", "TrainSettings"]
+
+Scalar = bool | int | float | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of one run; the defaults suit a small base on a CPU (measured in `docs/training.md`).
+
+    Raises:
+        DataError: a number is out of range; the message names it and its limits.
+    """
+
+    method: Literal["moe_adapter"] = "moe_adapter"
+    iterations: int = 300
+    batch_size: int = 64
+    lr: float = 2e-3
+    warmup: float = 0.1  # share of the iterations
+    label_smoothing: float = 0.2
+    num_experts: int = 4  # new ones, in each block of each tower
+    top_k: int = 2
+    bottleneck: int = 32
+    scale: float = 0.1
+    dropout: float = 0.1
+    first_expert_block: int | None = None  # None: the middle of the image tower
+    first_text_block: int = 0
+    balance: float = 0.0  # weight of the balance loss
+    augmented_copies: int = 3  # random crops of each image; 0: the evaluation crop
+    freeze: Literal["mass", "count"] = "mass"
+    freeze_mass: float = 0.99  # share of the gates that the kept experts must cover
+    freeze_count: int = 2  # the paper's rule: so many of the most counted
+    hold_out: float = 0.2  # of each class: calibrates DDAS, and no gradient ever sees it
+    alpha: float = 0.02  # share of its own images that the task may refuse
+    shots: int | None = None  # images per class; nothing is then held out
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "num_experts", "top_k", "bottleneck"):
+            _require(name, getattr(self, name), low=1)
+        for name in ("augmented_copies", "first_text_block", "balance", "seed"):
+            _require(name, getattr(self, name), low=0)
+        for name in ("lr", "scale"):
+            _require(name, getattr(self, name), low=0, open_low=True)
+        for name in ("warmup", "label_smoothing", "dropout"):
+            _require(name, getattr(self, name), low=0, below=1)
+        for name in ("hold_out", "alpha"):
+            _require(name, getattr(self, name), low=0, below=1, open_low=True)
+        _require("freeze_mass", self.freeze_mass, low=0, high=1, open_low=True)
+        _require("freeze_count", self.freeze_count, low=1)
+        if self.first_expert_block is not None:
+            _require("first_expert_block", self.first_expert_block, low=0)
+        if self.shots is not None:
+            _require("shots", self.shots, low=1)
+
+    def first_image_block(self, backbone: Backbone) -> int:
+        """The first image block with experts.
+
+        Raises:
+            DataError: the tower is not that deep.
+        """
+        blocks = len(backbone.image.blocks)
+        first = blocks // 2 if self.first_expert_block is None else self.first_expert_block
+        return _within("first_expert_block", first, blocks, backbone.name)
+
+    def text_blocks(self, backbone: Backbone) -> range:
+        """Text blocks with experts; none where experts cannot enter the text tower."""
+        if backbone.text is None:
+            return range(0)
+        blocks = len(backbone.text.blocks)
+        return range(
+            _within("first_text_block", self.first_text_block, blocks, backbone.name), blocks
+        )
+
+    def as_dict(self) -> dict[str, Scalar]:
+        """All settings by name, for a manifest or a report."""
+        return asdict(self)
+
+
+PRESETS: dict[str, dict[str, Scalar]] = {
+    "small": {},
+    # MoE-Adapters, arXiv:2403.11549, full-shot MTIL; its learning rate differs by data set, 1e-3 is the most common.
+    "paper": {
+        "iterations": 1000,
+        "lr": 1e-3,
+        "num_experts": 22,
+        "bottleneck": 64,
+        "first_expert_block": 0,
+        "freeze": "count",
+    },
+}
+
+
+def _require(
+    name: str,
+    value: float,
+    *,
+    low: float,
+    high: float | None = None,
+    below: float | None = None,
+    open_low: bool = False,
+) -> None:
+    too_low = value <= low if open_low else value < low
+    too_high = (high is not None and value > high) or (below is not None and value >= below)
+    if not too_low and not too_high and value == value and abs(value) != float("inf"):
+        return
+    lower = f"{'more than' if open_low else 'at least'} {low:g}"
+    upper = f" and at most {high:g}" if high is not None else ""
+    upper = f" and less than {below:g}" if below is not None else upper
+    raise DataError(f"{name} is {value:g}; it must be {lower}{upper}", code="settings")
+
+
+def _within(name: str, first: int, blocks: int, backbone: str) -> int:
+    if first >= blocks:
+        raise DataError(
+            f"{name} is {first}, but {backbone} has only the blocks 0 to {blocks - 1}",
+            code="settings",
+        )
+    return first
