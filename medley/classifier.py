@@ -45,8 +45,11 @@ class Classifier:
     """A routed model and the selectors of its tasks, run at one batch size."""
 
     def __init__(self, model: RoutedModel, *, bucket: int = 1) -> None:
+        if bucket < 1 or bucket & (bucket - 1):
+            # Threads split another number of rows unevenly, and a row's place begins to matter.
+            raise ValueError(f"the batch size {bucket} is not a power of two")
         self.model = model
-        self.selectors = SelectorBank()
+        self.selectors = SelectorBank(model.backbone.device)
         self.bucket = bucket
 
     @torch.inference_mode()
@@ -83,10 +86,15 @@ class Classifier:
             for ask, chosen in zip(asks, chosen_B.tolist(), strict=True)
         ]
         paths_B = torch.tensor(paths, device=images_BCHW.device)
-        features_BE = F.normalize(self.model.finish(frozen.hidden_BLD, paths_B).float(), dim=-1)
-        tasks = list(self.selectors.tasks)
+        features_BE = frozen.features_BE
+        if features_BE is None or max(paths) > ZERO_SHOT:
+            features_BE = self.model.finish(frozen.hidden_BLD, paths_B)
         return Routed(
-            features_BE[:count], paths[:count], tasks, scores_BT[:count], accepted_BT[:count]
+            F.normalize(features_BE.float(), dim=-1)[:count],
+            paths[:count],
+            list(self.selectors.tasks),
+            scores_BT[:count],
+            accepted_BT[:count],
         )
 
     def _eligible(self, asks: Sequence[Ask], scores_BT: Tensor) -> Tensor:

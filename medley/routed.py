@@ -37,7 +37,7 @@ class Frozen:
 
     hidden_BLD: Tensor  # after first_expert_block blocks: expert paths set out from here
     taps: dict[str, Tensor]  # pooled features by name, float32 (B, F)
-    features_BE: Tensor | None  # zero-shot image features, if asked for
+    features_BE: Tensor | None  # zero-shot image features, if the pass went through all blocks
 
 
 class RoutedModel:
@@ -135,7 +135,7 @@ class RoutedModel:
             if index + 1 == self.first_expert_block:
                 hidden_BLD = x_BLD
             found |= {t: _pooled(x_BLD, t) for t, n in depth_of.items() if n == index + 1}
-        features_BE = tower.pool(x_BLD) if whole else None
+        features_BE = tower.pool(x_BLD) if depth == len(tower.blocks) else None
         if features_BE is not None and "embedding" in taps:
             found["embedding"] = F.normalize(features_BE.float(), dim=-1)
         return Frozen(hidden_BLD, found, features_BE)
