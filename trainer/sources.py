@@ -663,7 +663,10 @@ def fetch(source: Source, cache: Path = DEFAULT_CACHE) -> Path:
     with tempfile.TemporaryDirectory(dir=home, prefix=".fetch-") as scratch:
         archive = _download(source, Path(scratch) / "archive")
         _check_digest(source, archive)
-        unpacked = _UNPACK[source.client](archive, Path(scratch) / "unpacked")
+        try:
+            unpacked = _UNPACK[source.client](archive, Path(scratch) / "unpacked")
+        except (tarfile.TarError, zipfile.BadZipFile, subprocess.CalledProcessError) as error:
+            raise SourceError(f"{source.name}: cannot unpack {archive.name}: {error}") from error
         try:
             unpacked.rename(folder)
         except OSError as error:

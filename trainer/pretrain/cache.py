@@ -91,7 +91,7 @@ def fill_cache(
     with ProcessPoolExecutor(workers, context) as pool:
         jobs = {
             pool.submit(
-                _make_shard,
+                make_shard,
                 plan.shard(index),
                 (plan.seed, index),
                 stem,
@@ -102,6 +102,24 @@ def fill_cache(
         }
         for job in as_completed(jobs):
             yield job.result()
+
+
+def make_shard(
+    items: list[Item], chance: tuple[int, int], stem_state: Path, icons: Path, path: Path
+) -> int:
+    """One shard, in a process of its own; loading the trunk again costs 2 % of it."""
+    torch.set_num_threads(1)
+    stem = Stem().to(memory_format=torch.channels_last)
+    stem.load_state_dict(load_state(stem_state))
+    sets = {name: load_set(name, icons) for name in sorted({item.set_name for item in items})}
+    draw = Chance(*chance)
+    rows = np.empty((len(items), ROW), np.float16)
+    for start in range(0, len(items), _BATCH):
+        some = items[start : start + _BATCH]
+        pictures = [np.asarray(sets[item.set_name].pixels[item.row]) for item in some]
+        rows[start : start + len(some)] = _features(stem, augment(pictures, draw))
+    save_array(path, rows)
+    return len(items)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -146,24 +164,6 @@ def normalise(images_B3SS: Tensor) -> Tensor:
     mean = torch.tensor(MINI_PREPROCESS.mean)[:, None, None]
     std = torch.tensor(MINI_PREPROCESS.std)[:, None, None]
     return (images_B3SS - mean) / std
-
-
-def _make_shard(
-    items: list[Item], chance: tuple[int, int], stem_state: Path, icons: Path, path: Path
-) -> int:
-    """One shard, in a process of its own; loading the trunk again costs 2 % of it."""
-    torch.set_num_threads(1)
-    stem = Stem().to(memory_format=torch.channels_last)
-    stem.load_state_dict(load_state(stem_state))
-    sets = {name: load_set(name, icons) for name in sorted({item.set_name for item in items})}
-    draw = Chance(*chance)
-    rows = np.empty((len(items), ROW), np.float16)
-    for start in range(0, len(items), _BATCH):
-        some = items[start : start + _BATCH]
-        pictures = [np.asarray(sets[item.set_name].pixels[item.row]) for item in some]
-        rows[start : start + len(some)] = _features(stem, augment(pictures, draw))
-    save_array(path, rows)
-    return len(items)
 
 
 @torch.inference_mode()

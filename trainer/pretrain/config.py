@@ -43,7 +43,7 @@ class PretrainConfig:
     noun_copies: float = 2.0
     other_copies: float = 0.5
     shard_images: int = 2048
-    cached_images: int = 148_579
+    cached_images: int = 98_304
     patch_dropout: float = 0.5
     image_batch: int = 64
     image_samples: int = 320_000

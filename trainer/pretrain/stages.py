@@ -52,7 +52,7 @@ _IMAGE_FIELDS = (
     "label_temperature",
     "patch_dropout",
 )
-_TEXT_FIELDS = ("seed", "icon_px", "wordnet_nouns", "text_batch", "text_samples", "text_lr")
+_TEXT_FIELDS = ("seed", "icon_px", "wordnet_nouns", "text_batch", "text_lr")
 _WARMUP_STEPS = 150
 _TEXT_DECAY = 0.3  # share of distillation in which its learning rate falls
 _OFTEN = 3.0
