@@ -132,6 +132,23 @@ def test_an_image_does_not_depend_on_its_neighbours(seed: int, bucket: int) -> N
     assert torch.equal(beside(seed + 1), beside(seed + 2))
 
 
+@pytest.mark.parametrize("bucket", [1, 4, 8])
+def test_an_image_does_not_depend_on_its_place_and_neighbours_in_our_own_base(bucket: int) -> None:
+    backbone = wrap(build_mini(), name="medley-mini", tokenizer=mini_tokenizer())
+    model = RoutedModel(backbone, first_expert_block=2, capacity=Capacity(paths=2, slots=8))
+    path = model.load(random_experts(backbone=backbone, first_expert_block=2))
+    g = torch.Generator().manual_seed(bucket)
+    batches = torch.randn(3, bucket, 3, *backbone.image_size, generator=g)
+    batches[1:, -1] = batches[0, 0]
+    with torch.inference_mode():
+        first, *others = (
+            model.encode_image(batch, torch.tensor([*[other] * (bucket - 1), path]).roll(shift))
+            for batch, other, shift in zip(batches, (path, ZERO_SHOT, path), (1, 0, 0), strict=True)
+        )
+    for features in others:
+        assert torch.equal(features[-1], first[0])
+
+
 def test_experts_change_the_answer_of_their_own_rows_only(backbone: Backbone) -> None:
     model = RoutedModel(backbone, capacity=SMALL)
     path = model.load(random_experts())

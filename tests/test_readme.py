@@ -1,0 +1,33 @@
+"""Commands that the README and the docs show exist, with the options they show."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from typer.main import get_command
+
+from medley.cli import build
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [
+    (page.relative_to(ROOT), line)
+    for page in PAGES
+    for line in re.findall(r"^\s+(?:\$ )?medley (\w.*)$", page.read_text(), flags=re.MULTILINE)
+]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert sum(page.name == "README.md" for page, _ in SHOWN) >= 5
+
+
+@pytest.mark.parametrize(("page", "line"), SHOWN)
+def test_a_command_that_is_shown_exists_with_its_options(page: Path, line: str) -> None:
+    command: click.Command = get_command(build())
+    words = line.partition("#")[0].split()
+    while isinstance(command, click.Group):
+        assert words[0] in command.commands, f"{page}: no command {words[0]}"
+        command = command.commands[words.pop(0)]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {w for w in words if w.startswith("-")} <= known | {"--help"}
