@@ -32,6 +32,7 @@ from medley.selector import Level, TaskSelector
 __all__ = [
     "MAX_BUNDLE_BYTES",
     "Bundle",
+    "Tower",
     "expert_tensors",
     "read_bundle",
     "selector_spec",

@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from medley.errors import ImageError
+from medley.image_parts import check_parts
 
 __all__ = ["DEFAULT_LIMITS", "ImageLimits", "decode"]
 
@@ -54,7 +55,7 @@ def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     Raises:
         ImageError: with code `empty`, `too_large` (bytes), `too_many_pixels` (told from the header,
             before anything is decoded), `not_an_image` (none of the accepted formats) or
-            `undecodable` (damaged or truncated).
+            `undecodable` (damaged, truncated, or made to take a decoder hours).
     """
     if not data:
         raise ImageError("the image is empty (0 bytes)", code="empty")
@@ -63,6 +64,7 @@ def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
             f"the image has {len(data)} bytes, the limit is {limits.max_bytes}", code="too_large"
         )
     open_file = _opener(data)
+    check_parts(data)
     try:
         image = _load(open_file, data, limits)
         return _upright(_to_rgb(image), image.info.get("exif", b""))

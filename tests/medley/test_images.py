@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,70 @@ def test_every_mode_of_png_becomes_rgb(mode: str) -> None:
     decoded = decode(encode(image, "PNG"))
     assert decoded.mode == "RGB"
     assert decoded.tobytes() == image.convert("RGB").tobytes()
+
+
+def after_the_head(data: bytes, head_bytes: int, insert: bytes) -> bytes:
+    return data[:head_bytes] + insert + data[head_bytes:]
+
+
+def gif_with(extension: bytes) -> bytes:
+    data = encode(photo().convert("1"), "GIF")
+    first_frame = data.index(b"," + struct.pack("<HHHH", 0, 0, 40, 30))
+    return after_the_head(data, first_frame, extension)
+
+
+def jpeg_with(segments: bytes, head_bytes: int = 2) -> bytes:
+    return after_the_head(encode(photo(), "JPEG"), head_bytes, segments)
+
+
+def png_with(chunks: bytes) -> bytes:
+    return after_the_head(encode(photo(), "PNG"), 33, chunks)
+
+
+def progressive_jpeg(extra_scans: int) -> bytes:
+    data = encode(photo().convert("L"), "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last_scan * extra_scans + b"\xff\xd9"
+
+
+def test_a_jpeg_with_endless_scans_is_refused_as_each_costs_a_pass_over_all_pixels() -> None:
+    assert decode(progressive_jpeg(40)).size == (40, 30)
+    assert code_of(progressive_jpeg(50)) == "undecodable"
+    assert code_of(progressive_jpeg(50_000)) == "undecodable"
+
+
+MISCHIEF: dict[str, tuple[Callable[[int], bytes], int]] = {
+    "jpeg-segments": (lambda n: jpeg_with(b"\xff\xe5\0\2" * n), 2_000),
+    "jpeg-fill": (lambda n: jpeg_with(b"\xff" * n), 65),
+    "jpeg-restarts": (lambda n: jpeg_with(b"\xff\xd0" * n), 32),
+    "jpeg-junk": (lambda n: jpeg_with(bytes(n), head_bytes=20), 64),
+    "png-chunks": (lambda n: png_with(png_chunk(b"prIv", b"") * n), 20_000),
+    "gif-comment": (lambda n: gif_with(b"!\xfe" + b"\1x" * n + b"\0"), 5_000),
+    "gif-extensions": (lambda n: gif_with(b"!\1\1x\0" * n), 2_500),
+    "gif-junk": (lambda n: gif_with(bytes(n)), 5_000),
+}
+
+
+@pytest.mark.parametrize(("build", "limit"), MISCHIEF.values(), ids=MISCHIEF.keys())
+def test_a_file_with_parts_out_of_all_proportion_is_refused(
+    build: Callable[[int], bytes], limit: int
+) -> None:
+    assert decode(build(limit // 2)).size == (40, 30)
+    assert code_of(build(limit + 1)) == "undecodable"
+
+
+def test_megabytes_of_ordinary_metadata_are_no_mischief() -> None:
+    jpeg = jpeg_with((b"\xff\xe5\xff\xff" + bytes(65533)) * 100)
+    png = png_with(png_chunk(b"prIv", bytes(1_000)) * 5_000)
+    gif = gif_with(b"!\xfe" + (b"\xff" + bytes(255)) * 4_000 + b"\0")
+    for data in (jpeg, png, gif):
+        assert decode(data).size == (40, 30)
+
+
+def test_a_run_length_compressed_bmp_is_refused_as_it_would_be_decoded_byte_by_byte() -> None:
+    data = bytearray(encode(photo().convert("P"), "BMP"))
+    data[30] = 1
+    assert code_of(bytes(data)) == "undecodable"
 
 
 SEEDS = [
