@@ -189,7 +189,7 @@ def _table(*columns: str) -> Table:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Whatever a person can do something about is one line and exit code 1."""
+    """Whatever a person can do something about is one line and status 2, as in `medley/cli.py`."""
     from pydantic import ValidationError
 
     from medley.errors import MedleyError
@@ -206,5 +206,5 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(1)
+    err.print(f"medley: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

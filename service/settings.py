@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     )
 
     max_batch: int = Field(
-        default=8, ge=1, description="Images per forward; every forward has this size"
+        default=4, ge=1, description="Images per forward; every forward has this size"
     )
     max_wait_ms: float = Field(
         default=5.0, ge=0, description="Longest wait for a batch to fill, in ms"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 from medley.admission import backbone_ref, record_self_test
 from medley.backbone import Backbone
 from medley.bundle import Bundle, write_bundle
 from medley.classifier import Classifier
 from medley.manifest import SelfTest
-from medley.prompts import class_text_features
 from medley.routed import RoutedModel
 from tests import fakes
 from tests.models import VISION_WIDTH, random_experts, tiny_backbone
@@ -32,10 +32,13 @@ def make_bundle(
     class_names: tuple[str, ...] = ("cat", "dog", "hamster"),
     threshold: float = math.inf,
     backbone: Backbone | None = None,
+    self_test_error: float = 0.0,
+    feature: str = "stem:mean_std",
 ) -> Bundle:
     """Write a bundle that a server with the tiny backbone admits: real experts, real self-test.
 
-    Without a threshold the task accepts every image.
+    Without a threshold the task accepts every image. `self_test_error` is added to the answers that
+    it promises; `feature` is written as what its selector looks at. Both make it a bad bundle.
     """
     classifier = Classifier(RoutedModel(backbone or tiny_backbone()), bucket=4)
     experts = random_experts(seed)
@@ -58,9 +61,16 @@ def make_bundle(
     )
     loaded = classifier.model.load(experts)
     classifier.selectors.add(loaded, selector)
-    text_CE = class_text_features(classifier.model, class_names, manifest.templates, loaded)
+    # Random ones, as the tiny text tower hardly tells words apart and its answers would be a draw.
+    text_CE = normalize(torch.randn(len(class_names), 24, generator=random), dim=-1)
     tensors["class_text_features"] = text_CE
     tensors |= record_self_test(classifier, loaded, text_CE, tensors["self_test.pixels"])
+    tensors["self_test.logits"] += self_test_error
+    levels = tuple(
+        level.model_copy(update={"feature": feature}) for level in manifest.selector.levels
+    )
+    spec = manifest.selector.model_copy(update={"levels": levels})
+    manifest = manifest.model_copy(update={"selector": spec})
     return write_bundle(manifest, tensors, path)
 
 
