@@ -1,4 +1,4 @@
-"""The checkpoint of a run: one file, written whole or not at all, read without running any code in it.
+"""The checkpoint of a run: one file, written whole or not at all, read without running code.
 
 A checkpoint is for resuming; what a run produces is a bundle.
 """
@@ -16,7 +16,7 @@ import torch
 
 from medley.errors import DataError
 
-__all__ = ["load_checkpoint", "save_checkpoint", "write_whole"]
+__all__ = ["load_checkpoint", "make_folder", "save_checkpoint", "write_whole"]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -37,7 +37,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         DataError: there is none, or it is not a checkpoint.
     """
     try:
-        # weights_only: tensors and plain containers; a pickle with anything else in it is refused, not run.
+        # weights_only: tensors and plain containers; a pickle with anything else in it is refused,
+        # not run.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path.parent}: no checkpoint to resume from") from error
@@ -65,3 +66,15 @@ def write_whole(path: Path, data: bytes) -> None:
         raise DataError(f"cannot write {path}: {error.strerror}", code="not_written") from error
     finally:
         incoming.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless it is there.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {path}: {error.strerror}", code="not_written") from error

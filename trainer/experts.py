@@ -1,7 +1,8 @@
-"""Trainable experts of one tower: frozen ones of earlier tasks and new ones, under this task's noisy router.
+"""Trainable experts of one tower: frozen and new ones under this task's noisy router.
 
-What the trainer optimises and nothing else; a finished task is `medley.experts.BlockExperts`, made from this by
-`trainer/export.py`. At evaluation (no noise, no dropout) it computes what `kernels.expert_mixing` computes.
+What the trainer optimises and nothing else; a finished task is `medley.experts.BlockExperts`, made
+from this by `trainer/export.py`. At evaluation (no noise, no dropout) it computes what
+`kernels.expert_mixing` computes.
 
 Legend: B rows (images or prompts), L tokens, D width, E experts, R bottleneck, K chosen experts.
 """
@@ -47,12 +48,14 @@ class NoisyRouter(nn.Module):
         self.top_k = min(top_k, num_experts)
 
     def forward(self, tokens_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts; in training with noise, and then the balance loss of this call is not zero.
+        """Choose experts, in training with noise.
 
         Returns:
-            expert_BK int64 and gates_BK float32, best first, and the balance loss, a scalar.
+            expert_BK int64 and gates_BK float32, best first, and the balance loss,
+            a scalar, zero outside of training.
         """
-        # In float32 whatever the rest runs in, as the server routes: half precision flips close choices.
+        # In float32 whatever the rest runs in, as the server routes: half precision flips close
+        # choices.
         with torch.autocast(tokens_BD.device.type, enabled=False):
             clean_BE = tokens_BD.float() @ self.gate_DE
             if not self.training:
@@ -85,7 +88,8 @@ class BlockMixture(nn.Module):
         self.router = NoisyRouter(width, self.num_frozen + new, top_k=config.top_k)
         # How often each was chosen while training: the paper's freezing rule goes by it.
         self.register_buffer("counts_E", torch.zeros(self.num_frozen + new))
-        # Identity at the start: up is zero. The bound is Kaiming's with a = sqrt(5), as torch's own Linear.
+        # Identity at the start: up is zero. The bound is Kaiming's with a = sqrt(5), as torch's own
+        # Linear.
         bound = 1 / math.sqrt(width)
         self.down_ERD = nn.Parameter(torch.empty(new, rank, width).uniform_(-bound, bound))
         self.down_bias_ER = nn.Parameter(torch.zeros(new, rank))
@@ -101,8 +105,9 @@ class BlockMixture(nn.Module):
 
         Args:
             x_BLD: the residual stream after attention, not layer-normed.
-            one_route: all rows have the same token 0, so they share one choice of experts (and in training one draw of
-                noise); the chosen ones are then a single wider expert for all rows, two products in place of 2 B.
+            one_route: all rows have the same token 0, so they share one choice of experts (and in
+                training one draw of noise); the chosen ones are then a single wider expert for all
+                rows, two products in place of 2 B.
 
         Returns:
             what to add to the block's output, (B, L, D) in x's dtype, and the balance loss.
@@ -162,7 +167,8 @@ def balance_loss(
 ) -> Tensor:
     """Return CV(importance)^2 + CV(load)^2: zero where all experts are used alike.
 
-    Load is the smooth count: the chance, over a fresh draw of one expert's noise, that it would be among the chosen.
+    Load is the smooth count: the chance, over a fresh draw of one expert's noise, that it would be
+    among the chosen.
 
     Source: Shazeer et al., arXiv:1701.06538, eq. 6-11.
     """

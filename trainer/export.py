@@ -1,7 +1,7 @@
-"""From a trained learner to a bundle: keep the experts that matter, round, calibrate, measure, self-test, write.
+"""From a trained learner to a bundle: keep what matters, round, calibrate, measure, write.
 
-Everything that is measured here is measured on what is written: experts are rounded to their storage type first, and run through the
-routed model that a server runs.
+Everything that is measured here is measured on what is written: experts are rounded to their
+storage type first, and run through the routed model that a server runs.
 
 Legend: N images, C classes, E experts, D width, F width of a tap.
 """
@@ -71,7 +71,8 @@ def frozen_experts(
     """Gather the experts of earlier bundles that this run's routers may choose, each of them once.
 
     Raises:
-        BundleError: a bundle of another backbone, or whose experts cannot stand beside this run's; all problems are listed.
+        BundleError: a bundle of another backbone, or whose experts cannot stand beside this run's;
+        all problems are listed.
     """
     problems = [p for bundle in bundles for p in _misfits(bundle, backbone, settings)]
     if problems:
@@ -86,7 +87,7 @@ def frozen_experts(
 def measure_usage(
     learner: Learner, backbone: Backbone, images: ImageSet, settings: TrainSettings
 ) -> Usage:
-    """Measure how much of its gates each expert gets over the training images and class prompts, without noise."""
+    """Measure each expert's share of the gates over training images and prompts, without noise."""
     usage: Usage = {"vision": {}, "text": {}}
 
     def watch(tower: Tower, mixtures: TowerMixture) -> Callable[[int, Tensor], None]:
@@ -114,9 +115,10 @@ def measure_usage(
 def keep(
     learner: Learner, frozen: FrozenExperts, usage: Usage, settings: TrainSettings
 ) -> TaskExperts:
-    """Keep each block's experts that carry the task, the router's columns for them, and nothing else.
+    """Keep each block's experts that carry the task, and the router's columns for them.
 
-    A reused expert is passed on untouched, so that it keeps its digest; a new one is rounded to the storage type.
+    A reused expert is passed on untouched, so that it keeps its digest; a new one is rounded to the
+    storage type.
     """
 
     def tower(
@@ -283,7 +285,7 @@ def _stacked(members: Sequence[tuple[BlockExperts, int]]) -> BlockExperts:
 
 
 def _chosen(share_E: Tensor, counts_E: Tensor, settings: TrainSettings) -> list[int]:
-    """Which experts stay, ascending: the smallest set that covers the mass, or the paper's most counted."""
+    """Which experts stay: the fewest that cover the mass, or the paper's most counted."""
     if settings.freeze == "count":
         order = counts_E.argsort(descending=True, stable=True)
         return sorted(order[: settings.freeze_count].tolist())
@@ -303,7 +305,8 @@ def _kept(mixture: BlockMixture, old: BlockExperts | None, chosen: list[int]) ->
         pick("down_bias_ER"),
         pick("up_ERD"),
         pick("up_bias_ED"),
-        # float32: it is small, and rounding it would send images elsewhere than they were trained to go.
+        # float32: it is small, and rounding it would send images elsewhere than they were trained
+        # to go.
         router_DE=mixture.router.gate_DE.detach().cpu()[:, chosen],
     )
 

@@ -1,4 +1,4 @@
-"""Pictures for reports: curves of a run, heat map of expert usage, confusion of routing; PNG bytes, no window.
+"""Pictures for reports, as PNG bytes: curves, use of experts, confusion of routing.
 
 They show what the JSON beside them says and compute nothing of their own.
 """
@@ -22,7 +22,7 @@ SMOOTHING = 20  # steps in the running mean of the curves
 
 
 def curves_png(history: History) -> bytes:
-    """Loss and accuracy over the steps, each with its running mean, and accuracy on held-out images."""
+    """Loss and accuracy over the steps with running means, and accuracy on held-out images."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     for axes, values, name in (
@@ -34,8 +34,8 @@ def curves_png(history: History) -> bytes:
         axes.plot(steps, _running_mean(values), color="tab:blue", label="training")
         axes.set(xlabel="step", ylabel=name)
     if history.held_out:
-        steps, values = zip(*history.held_out, strict=True)
-        accuracies.plot(steps, values, marker="o", color="tab:orange", label="held out")
+        points = np.array(history.held_out)
+        accuracies.plot(*points.T, marker="o", color="tab:orange", label="held out")
     accuracies.legend()
     return _png(figure)
 
@@ -58,9 +58,7 @@ def usage_png(usage: Usage) -> bytes:
     return _png(figure)
 
 
-def confusion_png(
-    counts: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str]
-) -> bytes:
+def confusion_png(counts: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str]) -> bytes:
     """Where the images of each data set went: row-wise shares with the counts written in."""
     size = (2.5 + 0.8 * len(columns), 1.5 + 0.6 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
@@ -86,5 +84,6 @@ def _running_mean(values: Sequence[float]) -> NDArray[np.float64]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,6 +1,7 @@
-"""One training run in its folder: from a data set to a bundle with checkpoint, report and plots beside it.
+"""One training run in its folder: from a data set to a bundle, with report and plots.
 
-It wires the parts together and knows no mathematics; `trainer/commands.py` gives it what people type.
+It wires the parts together and knows no mathematics; `trainer/commands.py` gives it what people
+type.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from typing import Any
 
 from medley.backbone import Backbone
 from medley.bundle import Bundle
-from medley.errors import DataError
-from trainer.checkpoint import write_whole
+from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, few_shot, split
 from trainer.export import Label, Usage, export, frozen_experts, keep, measure_usage
 from trainer.plots import curves_png, usage_png
@@ -50,11 +50,12 @@ def learn(
     """Learn a task and write `<task>-<version>.safetensors`, report and plots into a folder.
 
     Raises:
-        DataError: the data cannot be learnt from, a setting does not suit the backbone, or the folder cannot be written.
-        BundleError: an earlier bundle does not fit, or the bundle cannot be written.
+        DataError: the data cannot be learnt from, a setting does not suit the backbone, or the
+        folder cannot be written. BundleError: an earlier bundle does not fit, or the bundle cannot
+        be written.
     """
     started_s = time.monotonic()
-    _make(folder)
+    make_folder(folder)
     frozen = frozen_experts(after, backbone, settings)
     train_part, held_out = _parts(images, settings)
     data_digest = images.digest
@@ -90,13 +91,6 @@ def learn(
     }
     _write_reports(folder, report, history, usage)
     return Outcome(bundle, path, report)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {folder}: {error.strerror}", code="not_written") from error
 
 
 def _parts(images: ImageSet, settings: TrainSettings) -> tuple[ImageSet, ImageSet | None]:
@@ -141,7 +135,9 @@ def _report(
         "selector": manifest.selector.model_dump(mode="json"),
         "after": list(manifest.training.after),
         "experts_kept": {
-            tower: {block: len(digests) for block, digests in getattr(manifest, tower).blocks.items()}
+            tower: {
+                block: len(digests) for block, digests in getattr(manifest, tower).blocks.items()
+            }
             for tower in ("vision", "text")
         },
         "usage": {

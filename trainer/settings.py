@@ -1,4 +1,4 @@
-"""Everything that decides what a training run learns; equal settings, data and seed give equal bytes.
+"""Everything that decides what a training run learns from given data.
 
 Where files go, how often a checkpoint is written and what is shown on the way do not belong here.
 """
@@ -6,7 +6,7 @@ Where files go, how often a checkpoint is written and what is shown on the way d
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from medley.backbone import Backbone
 from medley.errors import DataError
@@ -18,7 +18,7 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Settings of one run; the defaults suit a small base on a CPU (measured in `docs/training.md`).
+    """Settings of one run; the defaults suit a small base on a CPU (`docs/training.md`).
 
     Raises:
         DataError: a number is out of range; the message names it and its limits.
@@ -90,9 +90,10 @@ class TrainSettings:
         return asdict(self)
 
 
-PRESETS: dict[str, dict[str, Scalar]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
-    # MoE-Adapters, arXiv:2403.11549, full-shot MTIL; its learning rate differs by data set, 1e-3 is the most common.
+    # MoE-Adapters, arXiv:2403.11549, full-shot MTIL; its learning rate differs by data set, 1e-3 is
+    # the most common.
     "paper": {
         "iterations": 1000,
         "lr": 1e-3,

@@ -1,8 +1,8 @@
-"""The training loop of `moe_adapter`: a data set and a frozen backbone in, experts and routers of one task out.
+"""The training loop of `moe_adapter`: from a data set to experts and routers of one task.
 
-Only this task's experts and routers are trained; everything else, and the experts of earlier tasks, is frozen. What random numbers a
-step uses follows from (seed, step) alone, and which images from (seed, epoch), so a checkpoint needs no generator's state and a
-resumed run ends in the same bits.
+Only this task's experts and routers are trained; everything else, and the experts of earlier tasks,
+is frozen. What random numbers a step uses follows from (seed, step) alone, and which images from
+(seed, epoch), so a checkpoint needs no generator's state and a resumed run ends in the same bits.
 
 Legend: B images, C classes, L tokens, D width, E joint embedding width.
 
@@ -45,7 +45,7 @@ CURVE_IMAGES = 512  # at most so many of them
 
 @dataclass(frozen=True)
 class FrozenExperts:
-    """Experts of earlier tasks that a new router may choose: by tower, by block; their own routers are left out."""
+    """Experts of earlier tasks that a new router may choose, by tower, by block."""
 
     vision: Mapping[int, BlockExperts] = field(default_factory=dict)
     text: Mapping[int, BlockExperts] = field(default_factory=dict)
@@ -106,7 +106,8 @@ class Learner(nn.Module):
         text_blocks = settings.text_blocks(backbone)
         self.text = TowerMixture(backbone.text.width, text_blocks, frozen.text, config)
         self._tokens_NL = _shortened(backbone, tokens_NL)
-        # Blocks before the first with experts never change: the prompts enter them once, not every step.
+        # Blocks before the first with experts never change: the prompts enter them once, not every
+        # step.
         self._prompts = prompt_entrance(backbone, self._tokens_NL, text_blocks.start)
 
     def image_features(
@@ -124,8 +125,9 @@ class Learner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Unit-length features of all class prompts (C, E), float32, and the balance loss.
 
-        In a causal tower token 0, the start of text, sees only itself: it is the same in every prompt, so one routing decision
-        serves all prompts (methods: constant text routing). In training the prompts of a step then share one draw of noise.
+        In a causal tower token 0, the start of text, sees only itself: it is the same in every
+        prompt, so one routing decision serves all prompts (methods: constant text routing). In
+        training the prompts of a step then share one draw of noise.
         """
         tower = self._backbone.value.text
         if tower is None or self.text is None:
@@ -164,7 +166,8 @@ def train(
         watcher: told of every step.
 
     Raises:
-        DataError: nothing to resume from, or it is another run's; or the checkpoint cannot be written.
+        DataError: nothing to resume from, or it is another run's; or the checkpoint cannot be
+        written.
     """
     torch.manual_seed(settings.seed)
     class_prompts = prompts(images.class_names, images.templates[0])
@@ -253,9 +256,9 @@ def _walk(
 def _shortened(backbone: Backbone, tokens_NL: Tensor) -> Tensor:
     """Cut the padding that all prompts share, where that changes nothing.
 
-    In a causal tower no token sees a later one, so what follows the end of the longest prompt cannot matter to the tokens before
-    it; and the feature is read at the end of the text. A tower that reads it elsewhere (the last position, say) is found out by
-    trying.
+    In a causal tower no token sees a later one, so what follows the end of the longest prompt
+    cannot matter to the tokens before it; and the feature is read at the end of the text. A tower
+    that reads it elsewhere (the last position, say) is found out by trying.
     """
     text = backbone.text
     assert text is not None
@@ -328,7 +331,7 @@ def _parts(count: int, size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _batch(count: int, settings: TrainSettings, step: int) -> tuple[NDArray[np.int64], int]:
-    """Which images a step sees, and in which epoch; every epoch is a permutation, the last batch of it may be smaller."""
+    """Which images a step sees, and in which epoch; the last batch of one may be smaller."""
     steps_per_epoch = math.ceil(count / settings.batch_size)
     epoch, place = divmod(step, steps_per_epoch)
     order = np.random.default_rng((settings.seed, epoch)).permutation(count)
@@ -362,7 +365,7 @@ def _restore(
     state: dict[str, Any] = load_checkpoint(path)
     if state.get("identity") != identity:
         raise DataError(
-            f"{path.parent} holds another run: its data, settings, backbone or earlier bundles differ"
+            f"{path.parent} holds another run: data, settings, backbone or earlier bundles differ"
         )
     learner.load_state_dict(state["learner"])
     optimiser.load_state_dict(state["optimiser"])

@@ -1,8 +1,9 @@
-"""What the frozen part of a backbone says of training images and prompts: computed once, not once a step.
+"""What a backbone's frozen part says of training images and prompts: computed once, not a step.
 
-Up to and including the attention of the first block with experts nothing is learnt, nor is that block's MLP, which runs beside the
-experts. So an image is here two tensors: the residual stream where the experts read it, and the output of the block without them.
-From there on it is the trainer's.
+Up to and including the attention of the first block with experts nothing is learnt, nor is that
+block's MLP, which runs beside the experts. So an image is here two tensors: the residual stream
+where the experts read it, and the output of the block without them. From there on it is the
+trainer's.
 
 Legend: B images, N prompts, L tokens, D width.
 """
@@ -26,6 +27,7 @@ from trainer.datasets import ImageSet
 
 __all__ = ["Entrance", "ImageTrunk", "pixels_of", "prompt_entrance"]
 
+OnChunk = Callable[[int], None]
 CHUNK = 64  # images in one forward of the trunk
 CROP_SCALE = (0.9, 1.0)  # RandomResizedCrop as in MoE-Adapters, arXiv:2403.11549; no flip
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -47,8 +49,9 @@ class Entrance:
 class ImageTrunk:
     """Entrances of the images of a set, cached where they fit.
 
-    Copy 0..copies-1 are the cached ones. A chunk of the cache always holds the same images in the same order, and without a cache
-    a batch is computed as it is asked for: either way the bits do not depend on when a run was interrupted.
+    Copy 0..copies-1 are the cached ones. A chunk of the cache always holds the same images in the
+    same order, and without a cache a batch is computed as it is asked for: either way the bits do
+    not depend on when a run was interrupted.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class ImageTrunk:
         self._cached: dict[int, Entrance] = {}
 
     def batch(
-        self, index_B: NDArray[np.int64], epoch: int, *, on_chunk: Callable[[int], None] = lambda _: None
+        self, index_B: NDArray[np.int64], epoch: int, *, on_chunk: OnChunk = lambda _: None
     ) -> Entrance:
         """Entrance of some images as they look in an epoch.
 
@@ -83,7 +86,7 @@ class ImageTrunk:
             self._cached[copy] = self._fill(copy, on_chunk)
         return self._cached[copy].rows(torch.from_numpy(index_B))
 
-    def _fill(self, copy: int, on_chunk: Callable[[int], None]) -> Entrance:
+    def _fill(self, copy: int, on_chunk: OnChunk) -> Entrance:
         whole: Entrance | None = None
         for start in range(0, len(self.images), CHUNK):
             index_B = np.arange(start, min(start + CHUNK, len(self.images)))
@@ -149,7 +152,8 @@ def pixels_of(
         backbone: whose preprocessing.
         images: the set.
         index: which of it.
-        crop_seed: with the image's index it decides the random crop, so that nobody's order matters.
+        crop_seed: with the image's index it decides the random crop, so that nobody's order
+            matters.
     """
 
     def one(i: int) -> Tensor:
@@ -163,7 +167,7 @@ def pixels_of(
 
 
 def _random_crop(image: Image.Image, size: tuple[int, int], seed: tuple[int, ...]) -> Tensor:
-    """Torchvision's RandomResizedCrop, its randomness from the seed and not from a global generator."""
+    """Torchvision's RandomResizedCrop, random by the seed and not by a global generator."""
     chance = np.random.default_rng(seed)
     area = image.width * image.height
     for _ in range(10):

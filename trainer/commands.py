@@ -1,0 +1,361 @@
+"""`medley train | evaluate | pretrain`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from trainer.pretrain.command import pretrain_command
+
+if TYPE_CHECKING:
+    from medley.backbone import Backbone
+    from medley.bundle import Bundle
+    from trainer.evaluation import Case, Evaluation
+    from trainer.settings import TrainSettings
+
+__all__ = ["commands"]
+
+commands = typer.Typer(no_args_is_help=True)
+commands.command("pretrain")(pretrain_command)
+out, err = Console(), Console(stderr=True)
+
+
+class Preset(StrEnum):
+    """Whole sets of settings."""
+
+    SMALL = "small"
+    PAPER = "paper"
+
+
+class Method(StrEnum):
+    """How a task is learnt."""
+
+    MOE_ADAPTER = "moe_adapter"
+
+
+class Precision(StrEnum):
+    """What the forward is computed in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Freeze(StrEnum):
+    """Which experts stay: by gate mass, or the paper's most counted."""
+
+    MASS = "mass"
+    COUNT = "count"
+
+
+BackboneName = Annotated[
+    str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
+]
+Weights = Annotated[Path | None, typer.Option(help="Local weights of the backbone.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Skip = Annotated[bool, typer.Option(help="Leave unreadable images out instead of stopping.")]
+
+
+@commands.command()
+def train(
+    data: Annotated[
+        str, typer.Argument(help="Folder of class folders, CSV file, or suite:<task>.")
+    ],
+    task: Annotated[str, typer.Option(help="Name of the task.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
+    version: Annotated[str, typer.Option(help="Version of the task.")] = "1",
+    after: Annotated[
+        list[Path] | None,
+        typer.Option(help="Earlier bundle whose experts may be reused; repeat for more."),
+    ] = None,
+    licence: Annotated[str, typer.Option(help="Terms of the bundle.")] = "unspecified",
+    backbone: BackboneName = "medley-mini",
+    weights: Weights = None,
+    device: Device = "cpu",
+    preset: Annotated[
+        Preset, typer.Option(help="Where settings not given come from; paper: MoE-Adapters.")
+    ] = Preset.SMALL,
+    method: Annotated[Method | None, typer.Option(help="How to learn.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Learn from so many images a class.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    experts: Annotated[int | None, typer.Option(help="New experts in each block.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts an image uses.")] = None,
+    bottleneck: Annotated[int | None, typer.Option(help="Hidden units of an expert.")] = None,
+    first_expert_block: Annotated[
+        int | None, typer.Option(help="First image block with experts; default: the middle.")
+    ] = None,
+    first_text_block: Annotated[
+        int | None, typer.Option(help="First text block with experts.")
+    ] = None,
+    augmented_copies: Annotated[
+        int | None, typer.Option(help="Random crops of each image; 0: none.")
+    ] = None,
+    balance: Annotated[float | None, typer.Option(help="Weight of the balance loss.")] = None,
+    freeze: Annotated[Freeze | None, typer.Option(help="Which experts are kept.")] = None,
+    freeze_mass: Annotated[
+        float | None, typer.Option(help="Share of the gates that kept experts cover.")
+    ] = None,
+    hold_out: Annotated[
+        float | None, typer.Option(help="Share of each class that calibrates DDAS.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of its own images the task may refuse.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal bundles.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the forward.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.")] = False,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    skip_unreadable: Skip = False,
+) -> None:
+    """Learn a task from images and write it as a bundle."""
+    from medley.backbone import load_backbone
+    from medley.bundle import read_bundle
+    from trainer.datasets import open_dataset
+    from trainer.export import Label
+    from trainer.run import learn
+
+    settings = _settings(
+        preset,
+        method=method,
+        shots=shots,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=lr,
+        num_experts=experts,
+        top_k=top_k,
+        bottleneck=bottleneck,
+        first_expert_block=first_expert_block,
+        first_text_block=first_text_block,
+        augmented_copies=augmented_copies,
+        balance=balance,
+        freeze=freeze,
+        freeze_mass=freeze_mass,
+        hold_out=hold_out,
+        alpha=alpha,
+        seed=seed,
+        precision=precision,
+    )
+    label = Label(task=task, version=version, licence=licence)
+    earlier = [read_bundle(path) for path in after or []]
+    frozen = load_backbone(backbone, weights=weights, device=device)
+    images = open_dataset(data, "train", skip_unreadable=skip_unreadable)
+    out.print(f"{images.name}: {len(images)} images of {len(images.class_names)} classes")
+    with _progress() as progress:
+        outcome = learn(
+            frozen,
+            images,
+            settings,
+            label=label,
+            folder=folder,
+            after=earlier,
+            resume=resume,
+            checkpoint_every_s=checkpoint_every,
+            watcher=_Bar(progress, settings.batch_size),
+        )
+    _print_outcome(outcome.report, outcome.path)
+
+
+@commands.command()
+def evaluate(
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            help="TASK=DATA, DATA as for train; the name of no bundle: images nobody has learnt.",
+        ),
+    ],
+    bundle: Annotated[list[Path], typer.Option(help="A bundle to be live; repeat for more.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Write evaluation.json and confusion.png here.")
+    ] = None,
+    backbone: BackboneName = "medley-mini",
+    weights: Weights = None,
+    device: Device = "cpu",
+    probe: Annotated[bool, typer.Option(help="Fit a linear probe on the training part.")] = True,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many test images of each data set.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
+    skip_unreadable: Skip = False,
+) -> None:
+    """Measure bundles per image: accuracy, routing, false rejects; beside zero-shot and a probe."""
+    from medley.backbone import load_backbone
+    from medley.bundle import read_bundle
+    from trainer.evaluation import evaluate as measure
+    from trainer.evaluation import served
+
+    bundles = [read_bundle(path) for path in bundle]
+    cases = [_case(text, bundles, probe, limit, seed, skip_unreadable) for text in data]
+    classifier, paths = served(bundles, load_backbone(backbone, weights=weights, device=device))
+    with _progress() as progress:
+        bar = progress.add_task("images", total=None, note="")
+        result = measure(
+            classifier,
+            paths,
+            cases,
+            alphas={b.manifest.task: b.manifest.selector.alpha for b in bundles},
+            seed=seed,
+            on_images=lambda count: progress.advance(bar, count),
+        )
+    _print_evaluation(result)
+    if folder is not None:
+        _write_evaluation(result, bundles, classifier.model.backbone, folder)
+
+
+def _settings(preset: Preset, **given: Any) -> TrainSettings:
+    """The preset, and over it what was given."""
+    from trainer.settings import PRESETS, TrainSettings
+
+    plain: dict[str, Any] = {
+        name: value.value if isinstance(value, StrEnum) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return TrainSettings(**(PRESETS[preset.value] | plain))
+
+
+class _Bar:
+    """Shows loss, accuracy, rate and time left."""
+
+    def __init__(self, progress: Progress, batch_size: int) -> None:
+        self._progress, self._batch_size = progress, batch_size
+        self._bar = progress.add_task("preparing", total=None, note="")
+
+    def on_start(self, step: int, steps: int) -> None:
+        """See `Watcher`."""
+        self._progress.remove_task(self._bar)
+        self._bar = self._progress.add_task("training", total=steps, completed=step, note="")
+        self._trunk = 0
+
+    def on_trunk(self, images: int) -> None:
+        """See `Watcher`."""
+        self._trunk += images
+        self._progress.update(self._bar, note=f"{self._trunk} images through the frozen blocks")
+
+    def on_step(self, step: int, loss: float, accuracy: float) -> None:
+        """See `Watcher`."""
+        speed = self._progress.tasks[0].speed
+        rate = f"{speed * self._batch_size:.0f} images/s" if speed else ""
+        note = f"loss {loss:.3f} accuracy {accuracy:.2f} {rate}"
+        self._progress.update(self._bar, completed=step, note=note)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err) as progress:
+        yield progress
+
+
+def _case(
+    text: str,
+    bundles: Sequence[Bundle],
+    probe: bool,
+    limit: int | None,
+    seed: int,
+    skip_unreadable: bool,
+) -> Case:
+    """Open the data set of `TASK=DATA`, its labels in the order of the task's class names."""
+    import numpy as np
+
+    from medley.errors import DataError
+    from trainer.datasets import align, open_dataset
+    from trainer.evaluation import Case
+
+    name, equals, spec = text.partition("=")
+    if not equals or not name or not spec:
+        raise DataError(f"--data {text}: expected TASK=DATA, such as fashion=demo/fashion")
+    test = open_dataset(spec, "test", skip_unreadable=skip_unreadable)
+    if limit is not None:
+        chosen = np.random.default_rng(seed).permutation(len(test))[:limit]
+        test = test.subset(np.sort(chosen))
+    parted = spec.startswith("suite:") or (Path(spec) / "train").is_dir()
+    training = (
+        open_dataset(spec, "train", skip_unreadable=skip_unreadable) if probe and parted else None
+    )
+    manifest = next((b.manifest for b in bundles if b.manifest.task == name), None)
+    if manifest is None:
+        return Case(name=name, test=test, train=training)
+
+    def matched(images: Any) -> Any:
+        return replace(align(images, manifest.class_names), templates=manifest.templates)
+
+    return Case(name=name, task=name, test=matched(test), train=training and matched(training))
+
+
+def _print_outcome(report: dict[str, Any], path: Path) -> None:
+    table = Table(show_header=False)
+    rows = {
+        "bundle": f"{path} ({report['size_bytes'] / 1e6:.2f} MB)",
+        "digest": report["digest"],
+        **{name.replace("_", " "): f"{value:.1%}" for name, value in report["metrics"].items()},
+        "DDAS alpha": f"{report['selector']['alpha']:.3g}",
+        "time": f"{report['training_s']} s training, {report['export_s']} s calibration",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    table = Table(
+        *("data", "images", "classes", "zero-shot", "linear probe", "experts, told"),
+        *("experts, DDAS", "routing", "false reject", "alpha"),
+        title="Top-1 over the set's own classes, per image, mixed batches",
+    )
+    for score in result.scores:
+        shares = (score.zero_shot, score.linear_probe, score.told, score.agnostic, score.routing)
+        table.add_row(
+            *(score.name, str(score.images), str(score.classes)),
+            *("-" if s is None else f"{s:.1%}" for s in (*shares, score.false_reject, score.alpha)),
+        )
+    out.print(table)
+    routing = Table("images of \\ routed to", *result.columns, title="Routing")
+    for score, counts in zip(result.scores, result.confusion.tolist(), strict=True):
+        routing.add_row(score.name, *map(str, counts))
+    out.print(routing)
+
+
+def _write_evaluation(
+    result: Evaluation, bundles: Sequence[Bundle], backbone: Backbone, folder: Path
+) -> None:
+    from trainer.checkpoint import make_folder, write_whole
+    from trainer.plots import confusion_png
+
+    make_folder(folder)
+    about = {
+        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
+        "bundles": [
+            {"task": b.manifest.task, "version": b.manifest.version, "digest": b.digest}
+            for b in bundles
+        ],
+    }
+    text = json.dumps(about | result.as_dict(), indent=1)
+    write_whole(folder / "evaluation.json", text.encode())
+    names = [score.name for score in result.scores]
+    write_whole(folder / "confusion.png", confusion_png(result.confusion, names, result.columns))
