@@ -1,4 +1,4 @@
-"""The engine's thread, with plain functions in place of a model: batches, jobs, failures, the end."""
+"""The engine's thread, with plain functions as its model: batches, jobs, failures, the end."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,0 +1,129 @@
+"""What is there after a process has died, and after it has been asked to stop."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.store import BundleStore
+from tests.service.conftest import ROOT, MakeBundle, OpenApp, StartServer
+from tests.service.test_classify import classify
+from tests.service.test_tasks import put
+
+BEFORE = ["received", "verified", "stored", "admitted", "registry-half", "registry-uncommitted"]
+AFTER = ["committed", "published"]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory, make: MakeBundle) -> tuple[Path, dict]:
+    """A store left behind by a killed registration of version 2, for every step of it."""
+    folder = tmp_path_factory.mktemp("killed")
+    bundles = [folder / "1.safetensors", folder / "2.safetensors"]
+    for path, data in zip(bundles, (make()[1], make(version="2", seed=3)[1]), strict=True):
+        path.write_bytes(data)
+    command = [sys.executable, "-m", "tests.service.killed", str(folder), *map(str, bundles)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=True)
+    return folder, json.loads(done.stdout)
+
+
+def test_every_step_of_a_registration_is_killed_at(stores: tuple[Path, dict]) -> None:
+    assert stores[1] == dict.fromkeys(BEFORE + AFTER, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("step", BEFORE + AFTER)
+def test_a_killed_registration_is_before_or_after_never_between(
+    stores: tuple[Path, dict], step: str, open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    store, after = stores[0] / step, step in AFTER
+    with open_app(store=store) as http:
+        task = http.get("/v1/tasks/pets").json()
+        assert task["live"] == ("2" if after else "1")
+        assert task["generation"] == (2 if after else 1)
+        assert {v["version"]: v["state"] for v in task["versions"]} == (
+            {"1": "ready", "2": "live"} if after else {"1": "live"}
+        )
+        (result,) = classify(http, image, labels=None).json()["results"]
+        assert result["path"]["version"] == task["live"]
+        kept = {path.name for path in (store / "bundles").iterdir()}
+        assert len(kept) == len(task["versions"])
+        assert not list((store / "incoming").iterdir())
+
+        again = put(http, make(version="2", seed=3)[1], version="2")
+        assert again.status_code == (200 if after else 201)
+        assert again.json()["live"] == "2"
+
+
+def test_a_killed_server_comes_back_and_a_stopped_one_answers_what_it_holds(
+    start_server: StartServer, make: MakeBundle, image: bytes, tmp_path: Path
+) -> None:
+    data = make(version="2", seed=3)[1]
+    with start_server(tmp_path) as first, first.client() as http:
+        put(http, make()[1])
+        before = classify(http, image, labels=None).json()["results"]
+
+        def half_then_kill() -> Iterator[bytes]:
+            yield data[: len(data) // 2]
+            first.process.kill()
+            first.process.wait()
+            yield data[len(data) // 2 :]
+
+        with pytest.raises(httpx.TransportError):
+            http.put("/v1/tasks/pets/versions/2", content=half_then_kill())
+
+    with start_server(tmp_path) as second, second.client() as http:
+        assert classify(http, image, labels=None).json()["results"] == before
+        assert [v["version"] for v in http.get("/v1/tasks/pets").json()["versions"]] == ["1"]
+
+        def half_then_terminate() -> Iterator[bytes]:
+            yield image[:100]
+            second.process.terminate()
+            yield image[100:]
+
+        held = http.post(
+            "/v1/classify", content=half_then_terminate(), headers={"content-type": "image/png"}
+        )
+        assert held.json()["results"] == before
+        # uvicorn shuts down in order and then ends by the signal that it was sent.
+        assert second.process.wait(30) == -signal.SIGTERM
+    assert not (tmp_path / "registry.sqlite-wal").exists()  # closed, not abandoned
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "swapped"])
+def test_a_version_whose_bundle_is_damaged_is_reported_and_the_others_serve(
+    open_app: OpenApp, make: MakeBundle, image: bytes, tmp_path: Path, damage: str
+) -> None:
+    pets, tools = make(), make(task="tools", seed=1)
+    with open_app() as http:
+        put(http, pets[1])
+        put(http, tools[1], "tools")
+    store = BundleStore(tmp_path / "store")
+    path = store.path(pets[0].digest)
+    store.close()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(pets[1][:500] if damage == "truncated" else tools[1])
+
+    with open_app() as http:
+        (version,) = http.get("/v1/tasks/pets").json()["versions"]
+        assert version["state"] == "failed"
+        assert version["reason"]
+        assert str(tmp_path) not in version["reason"]
+        assert http.get("/readyz").json()["failed_versions"] == ["pets@1"]
+        refused = classify(http, image, model="pets")
+        assert (refused.status_code, refused.json()["code"]) == (503, "version_failed")
+        (result,) = classify(http, image, labels=None).json()["results"]
+        assert result["path"]["task"] == "tools"
+
+        assert put(http, pets[1]).status_code == 200
+        assert classify(http, image, model="pets").status_code == 200
+        assert http.get("/readyz").json()["failed_versions"] == []
+
+
+def test_a_second_server_on_the_same_store_does_not_start(open_app: OpenApp) -> None:
+    with open_app(), pytest.raises(Exception, match="another server"), open_app():
+        pass
