@@ -25,10 +25,10 @@ from PIL import Image
 
 from medley.errors import DataError, ImageError
 from medley.images import decode
+from medley.prompts import DEFAULT_TEMPLATES
 from trainer.sources import DEFAULT_CACHE
 
 __all__ = [
-    "DEFAULT_TEMPLATES",
     "FilePicture",
     "ImageSet",
     "Picture",
@@ -46,7 +46,6 @@ __all__ = [
 Split = Literal["train", "test"]
 Labels = NDArray[np.int64]
 
-DEFAULT_TEMPLATES = ("a photo of a {}",)
 SUITE_PREFIX = "suite:"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 MIN_IMAGES_PER_CLASS = 2
