@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import kernels
@@ -29,7 +30,7 @@ def test_the_changelog_names_the_package_version_or_what_is_not_released_yet() -
 
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
     pinned = {
         line.split("==")[0].lower()
         for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.expert_mixing import choose, expert_mixing, route
-from tests.tolerances import TOLERANCES
 
 
 def problem(
@@ -41,7 +40,7 @@ def loop_over_experts(p: dict[str, Tensor]) -> Tensor:
     y = torch.zeros_like(p["x_BLD"], dtype=torch.float64)
     rank = p["weights_S2RD"].shape[2]
     for b, path in enumerate(p["paths_B"].tolist()):
-        present = (p["slots_PE"][path] >= 0).nonzero()[:, 0] if path >= 0 else []
+        present = (p["slots_PE"][path] >= 0).nonzero()[:, 0]
         if path < 0 or len(present) == 0:
             continue
         x = p["x_BLD"][b].double()
@@ -120,7 +119,7 @@ def test_nan_in_one_image_stays_in_its_row() -> None:
 def test_gates_are_a_distribution_over_the_best_experts(seed: int, top_k: int) -> None:
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
     expert, gates = route(logits, torch.full((6,), top_k), max_top_k=4)
-    torch.testing.assert_close(gates.sum(-1), torch.ones(6), **TOLERANCES[torch.float32])
+    torch.testing.assert_close(gates.sum(-1), torch.ones(6))
     assert (gates[:, top_k:] == 0).all()
     worst_chosen = logits.gather(1, expert[:, :top_k]).min(-1).values
     assert ((logits > worst_chosen[:, None]).sum(-1) < top_k).all()

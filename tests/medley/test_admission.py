@@ -1,4 +1,4 @@
-"""A bundle becomes a path only on its own backbone and only if it still answers as it did when it was made."""
+"""A bundle becomes a path only on its own backbone, and only if it answers as it did."""
 
 from collections.abc import Mapping
 from dataclasses import replace
