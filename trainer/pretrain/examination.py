@@ -8,7 +8,7 @@ Dimensions: N images, C classes, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import image_transform_v2
 from torch import Tensor
 
+from medley.mini import MINI_PREPROCESS
+from trainer.datasets import ImageSet
 from trainer.pretrain.augment import on_white
 from trainer.pretrain.cache import normalise
 from trainer.pretrain.corpus import Corpus, Emoji, normalised
 from trainer.pretrain.render import IconSet
 from trainer.pretrain.text import embed
 
-_PROMPT = "an icon of a {}"
+_PROMPTS = ("{}", "an icon of a {}")
 _BATCH = 32
+_SUITE_IMAGES = 600  # of each task; two points of accuracy at most one way or the other
 
 Reader = Callable[[Sequence[str]], Tensor]  # texts to features of length one
 
@@ -131,9 +135,29 @@ def ask(test: str, text: str, sheet: Sheet, classes_CE: Tensor, names: list[str]
     return Result(test, text, len(right_N), len(names), round(top1, 1), round(top5, 1))
 
 
-def class_features(read: Reader, names: Sequence[str]) -> Tensor:
-    """(C, E) of length one: the name and the name in a caption."""
-    return F.normalize(read(names) + read([_PROMPT.format(name) for name in names]), dim=-1)
+def examine_suite(
+    model: CLIP, readers: dict[str, Reader], tasks: Iterable[ImageSet]
+) -> list[Result]:
+    """Zero-shot on test images of the small suite, with each task's own prompts."""
+    results = []
+    transform = image_transform_v2(MINI_PREPROCESS, is_train=False)
+    for task in tasks:
+        rows = np.linspace(0, len(task) - 1, min(len(task), _SUITE_IMAGES)).astype(int).tolist()
+        pixels = torch.stack([transform(task.image(row)) for row in rows])
+        names = list(task.class_names)
+        sheet = Sheet(_features(model, pixels), [names[task.labels[row]] for row in rows])
+        for text, read in readers.items():
+            classes_CE = class_features(read, names, task.templates)
+            results.append(ask(f"suite: {task.name}", text, sheet, classes_CE, names))
+    return results
+
+
+def class_features(
+    read: Reader, names: Sequence[str], templates: Sequence[str] = _PROMPTS
+) -> Tensor:
+    """(C, E) of length one: the mean over the prompts."""
+    read_TCE = torch.stack([read([t.replace("{}", name) for name in names]) for t in templates])
+    return F.normalize(read_TCE.sum(0), dim=-1)
 
 
 def shipped_reader(model: CLIP, tokenizer: SimpleTokenizer) -> Reader:
@@ -141,11 +165,14 @@ def shipped_reader(model: CLIP, tokenizer: SimpleTokenizer) -> Reader:
     return lambda texts: embed(model, tokenizer(list(texts)))
 
 
-@torch.inference_mode()
 def image_features(model: CLIP, pictures: Sequence[NDArray[Any]]) -> Tensor:
     """(N, E) of length one, of RGBA pictures on white."""
-    parts = []
-    for start in range(0, len(pictures), _BATCH):
-        images = normalise(on_white(pictures[start : start + _BATCH]))
-        parts.append(F.normalize(model.visual(images), dim=-1))
+    starts = range(0, len(pictures), _BATCH)
+    batches = (normalise(on_white(pictures[start : start + _BATCH])) for start in starts)
+    return torch.cat([_features(model, images) for images in batches])
+
+
+@torch.inference_mode()
+def _features(model: CLIP, pixels_N3SS: Tensor) -> Tensor:
+    parts = [F.normalize(model.visual(part), dim=-1) for part in pixels_N3SS.split(_BATCH)]
     return torch.cat(parts)

@@ -15,16 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from open_clip.model import CLIP
 from torch import Tensor
 
 from medley.mini import WEIGHTS, build_mini, load_mini, mini_tokenizer
 from trainer import sources
 from trainer.pretrain.cache import CachePlan, FeatureCache, fill_cache, plan_cache
+from trainer.pretrain.card import write_numbers
 from trainer.pretrain.config import PretrainConfig
 from trainer.pretrain.corpus import Corpus, Emoji, build_corpus, read_nouns
-from trainer.pretrain.examination import Result, examine, shipped_reader
+from trainer.pretrain.examination import (
+    Reader,
+    Result,
+    examine,
+    examine_suite,
+    shipped_reader,
+)
 from trainer.pretrain.export import export
 from trainer.pretrain.files import load_state, save_json, save_state
 from trainer.pretrain.image import ImageLearner, SoftLabels, load_tower, standardise
@@ -34,7 +40,8 @@ from trainer.pretrain.render import IconSet, load_set, render_sets
 from trainer.pretrain.stem import pretrained_stem
 from trainer.pretrain.teacher import MiniLM, TeacherTexts
 from trainer.pretrain.text import TextLearner, TextTable, embed
-from trainer.pretrain.words import distillation_texts, wordnet_nouns
+from trainer.pretrain.words import distillation_texts, forms, wordnet_nouns
+from trainer.suite import TASKS, load_task
 
 _CACHE_FIELDS = (
     "seed",
@@ -55,7 +62,6 @@ _IMAGE_FIELDS = (
 _TEXT_FIELDS = ("seed", "icon_px", "wordnet_nouns", "text_batch", "text_lr")
 _WARMUP_STEPS = 150
 _TEXT_DECAY = 0.3  # share of distillation in which its learning rate falls
-_OFTEN = 3.0
 
 
 @dataclass
@@ -308,11 +314,12 @@ class Pretraining:
         model = build_mini()
         tokenizer = mini_tokenizer()
         self.texts.start(model, tokenizer, seed=self.config.seed)
+        written = forms(self.texts.texts, self.frequent_names())
         table = TextTable.build(
-            self.texts.texts,
-            self.texts.targets,
+            [form.text for form in written],
+            self.texts.targets[[form.row for form in written]],
             tokenizer=tokenizer,
-            weights_N=self.text_weights(),
+            weights_N=np.array([form.weight for form in written]),
         )
         learner = TextLearner(model, table, batch=self.config.text_batch, seed=self.config.seed)
         schedule = Schedule(
@@ -344,9 +351,11 @@ class Pretraining:
         export(self.trained(), WEIGHTS, recipe=self.config.digest())
 
     def evaluate(self) -> None:
-        """Examine the embedded weights; writes ``evaluation.json`` beside them."""
-        rows = [asdict(result) for result in self.examine(load_mini())]
+        """Examine the embedded weights; writes ``evaluation.json`` and the model card's table."""
+        results = self.examine(load_mini())
+        rows = [asdict(result) for result in results]
         save_json(WEIGHTS.with_name("evaluation.json"), rows)
+        write_numbers(WEIGHTS.with_name("MODEL_CARD.md"), results)
         self.progress.table(rows)
 
     def trained(self) -> CLIP:
@@ -365,17 +374,24 @@ class Pretraining:
         """Zero-shot results with the shipped text tower and with its teacher."""
         teacher = MiniLM(self.package("minilm"))
         mean = self.texts.mean
-        return examine(
-            model,
-            {
-                "shipped": shipped_reader(model, mini_tokenizer()),
-                "teacher": lambda texts: F.normalize(teacher(texts) - mean, dim=-1),
-            },
-            vendors=[self.icon_set(source.name) for source in sources.HELD_OUT_ICONS],
-            learnt={source.name: self.icon_set(source.name) for source in sources.COLOUR_ICONS},
-            corpus=self.corpus,
-            emoji=self.emoji,
-        )
+        readers: dict[str, Reader] = {
+            "shipped": shipped_reader(model, mini_tokenizer()),
+            "teacher": lambda texts: F.normalize(teacher(texts) - mean, dim=-1),
+        }
+        vendors = [self.icon_set(source.name) for source in sources.HELD_OUT_ICONS]
+        learnt = {source.name: self.icon_set(source.name) for source in sources.COLOUR_ICONS}
+        suite = (load_task(task, "test", cache=self.cache) for task in TASKS)
+        return [
+            *examine(
+                model,
+                readers,
+                vendors=vendors,
+                learnt=learnt,
+                corpus=self.corpus,
+                emoji=self.emoji,
+            ),
+            *examine_suite(model, readers, suite),
+        ]
 
     def _learn(
         self, name: str, learner: Learner, schedule: Schedule, checkpoint: Path, steps: range
@@ -392,8 +408,7 @@ class Pretraining:
                 every_s=self.config.checkpoint_every_s,
             )
 
-    def text_weights(self) -> NDArray[np.float64]:
-        """Names of colour icons come three times as often: most pictures have them."""
+    def frequent_names(self) -> set[str]:
+        """Names that most pictures have."""
         colour = {item.name for item in self.corpus.items if item.kind == "colour"}
-        often = colour.union(self.emoji.keywords, self.corpus.held_out)
-        return np.array([_OFTEN if text in often else 1.0 for text in self.texts.texts])
+        return colour.union(self.emoji.keywords, self.corpus.held_out)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 CAPTIONS = (
@@ -24,8 +25,35 @@ CAPTIONS = (
     "an icon of {}",
     "a sign with a {}",
 )
+_OFTEN = 3.0  # names of colour icons and emoji, against other words: most pictures have them
 _PERSONS_AND_PLACES = {"18", "15"}  # WordNet's lexicographer files: mostly proper names
 _SHORT_WORDS = re.compile(r"[a-z' -]+")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a text.
+
+    Attributes:
+        text: as written.
+        row: of the text in the teacher's list.
+        weight: how often it is read, against other forms.
+    """
+
+    text: str
+    row: int
+    weight: float
+
+
+def forms(texts: Sequence[str], often: Collection[str]) -> list[Form]:
+    """Words as they are; captions half of the time with a full stop, as many templates end."""
+    chosen = []
+    for row, text in enumerate(texts):
+        if text in often or not text.startswith(("a ", "an ", "the ")):
+            chosen.append(Form(text, row, _OFTEN if text in often else 1.0))
+        else:
+            chosen += [Form(text, row, 0.5), Form(f"{text}.", row, 0.5)]
+    return chosen
 
 
 def wordnet_nouns(wordnet: Path) -> list[str]:

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from trainer.pretrain.words import distillation_texts, wordnet_nouns
+from trainer.pretrain.words import Form, distillation_texts, forms, wordnet_nouns
 
 
 def test_every_name_is_read_alone_and_in_a_caption() -> None:
@@ -24,3 +24,13 @@ def test_wordnet_is_read_without_persons_and_places(tmp_path: Path) -> None:
         "00003 06 n 01 a_very_long_name 0 000 | too long\n"
     )
     assert wordnet_nouns(tmp_path) == ["claw hammer", "hammer"]
+
+
+def test_captions_are_read_with_and_without_a_full_stop() -> None:
+    assert forms(["cat", "axe", "a photo of a cat", "a button"], {"cat", "a button"}) == [
+        Form("cat", 0, 3.0),
+        Form("axe", 1, 1.0),
+        Form("a photo of a cat", 2, 0.5),
+        Form("a photo of a cat.", 2, 0.5),
+        Form("a button", 3, 3.0),
+    ]
