@@ -1,4 +1,4 @@
-"""The numbers in the model card: the tables between its two marks, rewritten by each examination."""
+"""The numbers in the model card: the table between its marks, rewritten by each examination."""
 
 from __future__ import annotations
 
