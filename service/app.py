@@ -128,7 +128,7 @@ def _classifier(settings: Settings, backbone: Backbone) -> Classifier:
         max_top_k=settings.max_top_k,
     )
     model = RoutedModel(backbone, first_expert_block=settings.first_expert_block, capacity=capacity)
-    return Classifier(model, bucket=settings.max_batch)
+    return Classifier(model, bucket=settings.bucket)
 
 
 def _engine(settings: Settings, metrics: Metrics, classifier: Classifier) -> Engine:
@@ -137,7 +137,7 @@ def _engine(settings: Settings, metrics: Metrics, classifier: Classifier) -> Eng
         classifier.route,
         blank_CHW=torch.zeros(3, height, width, dtype=torch.uint8),
         metrics=metrics,
-        max_batch=settings.max_batch,
+        max_batch=settings.bucket,
         max_wait_s=settings.max_wait_s,
         queue_limit=settings.queue_limit,
         heartbeat_s=settings.heartbeat_s,

@@ -33,6 +33,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of registry and bundles.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Name of the frozen CLIP.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File of its weights.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
 ) -> None:
     """Run a server; further settings come from MEDLEY_* variables (docs/settings.md)."""
@@ -41,17 +42,20 @@ def serve(
     from service.app import create_app, load_backbone_of
     from service.server import serve as run
     from service.settings import Settings
+    from service.store import BundleStore
 
     given: dict[str, Any] = {
         "host": host,
         "port": port,
         "store": store,
         "backbone": backbone,
+        "weights": weights,
         "device": device,
     }
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with _one_line_errors():
         settings = Settings(**{k: v for k, v in given.items() if v is not None})
+        BundleStore(settings.store).close()  # what may fail, before there is a server around it
         app = create_app(settings, backbone=load_backbone_of(settings))
         if not run(app, settings, on_ready=lambda url: out.print(f"Medley answers at {url}")):
             raise typer.Exit(1)

@@ -53,11 +53,11 @@ class Settings(BaseSettings):
         default=4, ge=1, description="Most experts that one image may take in a block"
     )
 
-    max_batch: int = Field(
-        default=4, ge=1, description="Images per forward; every forward has this size"
+    bucket: int = Field(
+        default=1, ge=1, description="Images per forward, a power of two; all forwards have it"
     )
     max_wait_ms: float = Field(
-        default=5.0, ge=0, description="Longest wait for a batch to fill, in ms"
+        default=5.0, ge=0, description="Longest wait for a bucket to fill, in ms"
     )
     queue_limit: int = Field(
         default=512, ge=1, description="Images that may wait; more are answered 429"
@@ -88,7 +88,9 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
-    def _queue_takes_a_request(self) -> Settings:
+    def _numbers_fit(self) -> Settings:
+        if self.bucket & (self.bucket - 1):
+            raise ValueError(f"bucket {self.bucket} is not a power of two")
         if self.queue_limit < self.max_images:
             raise ValueError(f"queue_limit {self.queue_limit} < max_images {self.max_images}")
         return self

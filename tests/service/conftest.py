@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -78,7 +78,7 @@ def backbone() -> Backbone:
     return tiny_backbone()
 
 
-OpenApp = Callable[..., AbstractContextManager[TestClient]]
+OpenApp = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @pytest.fixture
@@ -86,12 +86,12 @@ def open_app(tmp_path: Path, backbone: Backbone) -> OpenApp:
     """An app in this process on a store folder of the test's own; settings may be given."""
 
     @contextmanager
-    def opened(**fields: object) -> Iterator[TestClient]:
+    def opened(**fields: object) -> Iterator[httpx.Client]:
         settings = Settings.model_validate(
-            {"store": tmp_path / "store", "max_batch": 4, "_env_file": None} | fields
+            {"store": tmp_path / "store", "bucket": 4, "_env_file": None} | fields
         )
         with TestClient(create_app(settings, backbone=backbone)) as client:
-            yield client
+            yield cast(httpx.Client, client)  # it is one of httpx2, the same to its users
 
     return opened
 

@@ -24,7 +24,7 @@ from tests.models import tiny_backbone
 
 
 async def register_both(
-    store: Path, bundles: list[Path], backbone: Backbone, deadly: str
+    store: Path, bundles: list[bytes], backbone: Backbone, deadly: str
 ) -> list[str]:
     """Returns the steps of a registration, if it lives."""
     steps: list[str] = []
@@ -34,7 +34,7 @@ async def register_both(
         if step == deadly and steps.count(step) == len(bundles):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    app = create_app(Settings(store=store, max_batch=4), backbone=backbone, on_step=on_step)
+    app = create_app(Settings(store=store, bucket=4), backbone=backbone, on_step=on_step)
     async with app.router.lifespan_context(app):
         for version, bundle in enumerate(bundles, 1):
             tasks = app.state.service.tasks
@@ -42,11 +42,11 @@ async def register_both(
     return list(dict.fromkeys(steps))
 
 
-async def chunks(path: Path) -> AsyncIterator[bytes]:
-    yield path.read_bytes()
+async def chunks(bundle: bytes) -> AsyncIterator[bytes]:
+    yield bundle
 
 
-def in_child(store: Path, bundles: list[Path], backbone: Backbone, deadly: str) -> int:
+def in_child(store: Path, bundles: list[bytes], backbone: Backbone, deadly: str) -> int:
     """Returns the signal that ended the child, 0 if none did."""
     store.mkdir()
     child = os.fork()
@@ -65,7 +65,8 @@ def in_child(store: Path, bundles: list[Path], backbone: Backbone, deadly: str) 
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, *bundles = map(Path, sys.argv[1:])
+    folder, *paths = map(Path, sys.argv[1:])
+    bundles = [path.read_bytes() for path in paths]
     backbone = tiny_backbone()
     in_child(folder / "none", bundles, backbone, "")
     steps = json.loads((folder / "none" / "steps.json").read_text())

@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import zlib
+from typing import Any
 
 import httpx
 import pytest
@@ -75,7 +76,7 @@ def test_an_answer_says_how_it_came_about(http: httpx.Client, image: bytes) -> N
     }
 
 
-def dict_of(result: dict) -> dict[str, float]:
+def dict_of(result: dict[str, Any]) -> dict[str, float]:
     return {choice["label"]: choice["probability"] for choice in result["top_k"]}
 
 
@@ -256,7 +257,7 @@ def test_labels_choose_who_may_answer(open_app: OpenApp, make: MakeBundle, image
         http.put("/v1/tasks/pets/versions/1", content=pets)
         http.put("/v1/tasks/tools/versions/1", content=tools)
 
-        def answer(**fields: object) -> dict:
+        def answer(**fields: object) -> dict[str, Any]:
             (result,) = classify(http, image, **fields).json()["results"]
             return result
 

@@ -20,7 +20,9 @@ AFTER = ["committed", "published"]
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory, make: MakeBundle) -> tuple[Path, dict]:
+def stores(
+    tmp_path_factory: pytest.TempPathFactory, make: MakeBundle
+) -> tuple[Path, dict[str, int]]:
     """A store left behind by a killed registration of version 2, for every step of it."""
     folder = tmp_path_factory.mktemp("killed")
     bundles = [folder / "1.safetensors", folder / "2.safetensors"]
@@ -31,13 +33,17 @@ def stores(tmp_path_factory: pytest.TempPathFactory, make: MakeBundle) -> tuple[
     return folder, json.loads(done.stdout)
 
 
-def test_every_step_of_a_registration_is_killed_at(stores: tuple[Path, dict]) -> None:
+def test_every_step_of_a_registration_is_killed_at(stores: tuple[Path, dict[str, int]]) -> None:
     assert stores[1] == dict.fromkeys(BEFORE + AFTER, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("step", BEFORE + AFTER)
 def test_a_killed_registration_is_before_or_after_never_between(
-    stores: tuple[Path, dict], step: str, open_app: OpenApp, make: MakeBundle, image: bytes
+    stores: tuple[Path, dict[str, int]],
+    step: str,
+    open_app: OpenApp,
+    make: MakeBundle,
+    image: bytes,
 ) -> None:
     store, after = stores[0] / step, step in AFTER
     with open_app(store=store) as http:

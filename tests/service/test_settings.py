@@ -33,7 +33,8 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("port", "x"), ("max_batch", 0), ("queue_limit", 1), ("surprise", 1)]
+    ("name", "value"),
+    [("port", "x"), ("bucket", 0), ("bucket", 6), ("queue_limit", 1), ("surprise", 1)],
 )
 def test_a_wrong_setting_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValidationError):
@@ -52,4 +53,4 @@ def test_a_wrong_setting_is_refused(name: str, value: object) -> None:
     ],
 )
 def test_changes_need_a_key_or_a_loopback_host(host: str, key: str | None, allowed: bool) -> None:
-    assert Settings(host=host, admin_key=key and SecretStr(key)).changes_allowed is allowed
+    assert Settings(host=host, admin_key=SecretStr(key) if key else None).changes_allowed is allowed

@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -105,7 +106,7 @@ def header_length(data: bytes) -> int:
     return int(struct.unpack_from("<Q", data)[0])
 
 
-def resealed(change: Callable[[dict], None]) -> Callable[[bytes], bytes]:
+def resealed(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
     """Change tensors and write the file anew with the old manifest: damage that a seal tells."""
 
     def changed(data: bytes) -> bytes:
@@ -277,7 +278,8 @@ def test_every_error_is_a_problem(
 
 
 def test_live_takes_only_a_version(http: httpx.Client) -> None:
-    for body in ({}, {"version": 1}, {"version": "1", "more": 1}, [], "1"):
+    bodies: list[Any] = [{}, {"version": 1}, {"version": "1", "more": 1}, [], "1"]
+    for body in bodies:
         assert http.put("/v1/tasks/nobody/live", json=body).status_code == 422
     assert http.put("/v1/tasks/nobody/live", json={"version": "1"}).status_code == 404
 

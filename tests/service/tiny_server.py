@@ -26,9 +26,14 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)
-    settings = Settings(port=0, store=Path(sys.argv[1]), max_batch=4)
+    settings = Settings(port=0, store=Path(sys.argv[1]), bucket=4)
     app = create_app(settings, backbone=tiny_backbone(), on_step=on_step)
-    serve(app, settings, on_ready=lambda url: sys.stdout.write(f"{url}\n") and sys.stdout.flush())
+    serve(app, settings, on_ready=announce)
+
+
+def announce(url: str) -> None:
+    sys.stdout.write(f"{url}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
