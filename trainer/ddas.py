@@ -4,14 +4,13 @@ It sees frozen features of the task's own training images and nothing else: no i
 tasks, no reference set. The selector itself is `medley/selector.py`. The defaults come from the
 experiment in `trainer/experiments/routing.py`; `docs/adr/0006-ddas-features.md` says why.
 
-Legend: N images, L levels, F feature width, C code width.
+Legend: N images, F feature width, C code width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,7 +29,6 @@ __all__ = [
     "false_reject_rate",
     "fit_level",
     "fit_selector",
-    "hold_out",
 ]
 
 DEFAULT_FEATURES = ("stem:mean_std", "block4:mean")
@@ -38,37 +36,14 @@ DEFAULT_CODE_SIZE = 32
 DEFAULT_ALPHA = 0.02
 DEFAULT_ITERATIONS = 1000
 
-HELD_OUT = 0.25  # share of a task's images that calibrates, where there are enough of them
-FOLDS = 5  # where there are not
+FOLDS = 5  # of cross-fitting
 BATCH = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-4  # MoE-Adapters, arXiv:2403.11549
 # Of a feature's average deviation: what hardly varies in the task must not decide alone.
 SMALLEST_STD = 0.05
-SMALLEST_SPREAD = 1e-3
 
 Taps = Mapping[str, Tensor]
-
-
-def hold_out(
-    taps: Taps, *, alpha: float = DEFAULT_ALPHA, seed: int = 0
-) -> tuple[Taps, Taps | None]:
-    """Split a task's images at random into those that fit and those that calibrate.
-
-    Args:
-        taps: frozen features (N, F) by name, all of the same N images.
-        alpha: what is to be promised; it decides how many images calibration needs.
-        seed: of the split.
-
-    Returns:
-        what `fit_selector` takes; no calibration images where a quarter of N is too few for alpha.
-    """
-    count = _count(taps)
-    held_out = round(HELD_OUT * count)
-    if conformal_threshold(torch.zeros(_for_threshold(held_out)), alpha) == math.inf:
-        return taps, None
-    order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return _rows(taps, order_N[held_out:]), _rows(taps, order_N[:held_out])
 
 
 def fit_selector(
@@ -84,10 +59,9 @@ def fit_selector(
     """Fit a selector on some images of a task and calibrate it on others.
 
     With calibration images, P(a new image of the task is refused) <= alpha is a theorem (see
-    `conformal_threshold`): those that set the threshold have no part in the autoencoders, nor in
-    center and spread. Without, every image is scored by autoencoders of the other four fifths
-    ("cross-fitting"); the promise is then kept in practice but not proved, for the selector's own
-    autoencoders have seen all images.
+    `conformal_threshold`), for they have no part in the scores. Without, every image is scored by
+    autoencoders of the other four fifths ("cross-fitting"); the promise is then kept in practice
+    but not proved, for the selector's own autoencoders have seen all images.
 
     Args:
         taps_fit: frozen features (N, F) by name; at least `features`.
@@ -100,30 +74,30 @@ def fit_selector(
         iterations: of each autoencoder's training.
 
     Raises:
-        DataError: too few images: one to fit, two to cross-fit, two to calibrate.
+        DataError: no image to fit or to calibrate, or fewer than two to cross-fit.
         KeyError: a feature is missing.
     """
     fit = partial(_fit_levels, features=features, C=code_size, seed=seed, iterations=iterations)
+    levels = fit(taps_fit)
     if taps_calibration is None:
-        log_errors_NL = _cross_fitted_log_errors(taps_fit, fit, seed)
-        levels = _standardised(fit(taps_fit), log_errors_NL)
-        center_L = torch.tensor([level.center for level in levels])
-        spread_L = torch.tensor([level.spread for level in levels])
-        scores_N = ((log_errors_NL - center_L) / spread_L).sum(1)
+        scores_N = _cross_fitted_scores(taps_fit, fit, seed)
     else:
-        for_scale, for_threshold = _split_calibration(taps_calibration, seed)
-        levels = fit(taps_fit)
-        levels = _standardised(levels, _log_errors(levels, for_scale))
-        scores_N = TaskSelector(levels, threshold=math.inf, alpha=None).scores(for_threshold)
-    return _with_threshold(levels, scores_N, alpha)
+        _count(taps_calibration)
+        scores_N = _scores(levels, taps_calibration)
+    threshold = conformal_threshold(scores_N, alpha)
+    if threshold == math.inf:
+        threshold, alpha = float(scores_N.max()), 1 / (len(scores_N) + 1)
+    return TaskSelector(levels, threshold=threshold, alpha=alpha)
 
 
 def fit_level(
     features_NF: Tensor, feature: str, *, code_size: int, seed: int, iterations: int
 ) -> Level:
-    """Fit one autoencoder; center 0 and spread 1, so that its score is the plain log error.
+    """Fit one autoencoder: Adam, batches of 64 drawn with replacement, cosine decay to 0.
 
-    Adam, batches of 64 drawn with replacement, cosine decay of the learning rate to 0.
+    The autoencoder sees the feature in units of its deviation within the task, so its error is in
+    units that differ from task to task. The level's center takes them out again: its score is the
+    logarithm of the error times the geometric mean of the variances, comparable between tasks.
     """
     generator = torch.Generator().manual_seed(seed)
     x_NF = features_NF.detach().to("cpu", torch.float32)
@@ -149,7 +123,7 @@ def fit_level(
         encoder_bias_C=encoder_bias_C.detach(),
         decoder_CF=decoder_CF.detach(),
         decoder_bias_F=decoder_bias_F.detach(),
-        center=0.0,
+        center=-2 * float(std_F.log().mean()),
         spread=1.0,
     )
 
@@ -190,52 +164,20 @@ def _initial_weights(F: int, C: int, generator: torch.Generator) -> list[Tensor]
     ]
 
 
-def _log_errors(levels: Sequence[Level], taps: Taps) -> Tensor:
-    """Plain log errors (N, L) of levels that still have center 0 and spread 1."""
-    alone = (TaskSelector((level,), threshold=math.inf, alpha=None) for level in levels)
-    return torch.stack([selector.scores(taps) for selector in alone], 1)
+def _scores(levels: tuple[Level, ...], taps: Taps) -> Tensor:
+    return TaskSelector(levels, threshold=math.inf, alpha=None).scores(taps)
 
 
-def _cross_fitted_log_errors(taps: Taps, fit: partial[tuple[Level, ...]], seed: int) -> Tensor:
-    """Log errors (N, L) of every image under autoencoders that have not seen it."""
+def _cross_fitted_scores(taps: Taps, fit: partial[tuple[Level, ...]], seed: int) -> Tensor:
+    """Scores (N,) of every image under autoencoders that have not seen it."""
     count = _count(taps, least=2)
     order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     folds = order_N.tensor_split(min(FOLDS, count))
     parts = []
     for held_out in folds:
         others = torch.cat([fold for fold in folds if fold is not held_out])
-        parts.append(_log_errors(fit(_rows(taps, others)), _rows(taps, held_out)))
+        parts.append(_scores(fit(_rows(taps, others)), _rows(taps, held_out)))
     return torch.cat(parts)
-
-
-def _standardised(levels: Sequence[Level], log_errors_NL: Tensor) -> tuple[Level, ...]:
-    return tuple(
-        replace(
-            level,
-            center=float(log_errors_N.mean()),
-            spread=max(float(log_errors_N.std(correction=0)), SMALLEST_SPREAD),
-        )
-        for level, log_errors_N in zip(levels, log_errors_NL.unbind(1), strict=True)
-    )
-
-
-def _with_threshold(levels: tuple[Level, ...], scores_N: Tensor, alpha: float) -> TaskSelector:
-    threshold = conformal_threshold(scores_N, alpha)
-    if threshold == math.inf:
-        threshold, alpha = float(scores_N.max()), 1 / (len(scores_N) + 1)
-    return TaskSelector(levels, threshold=threshold, alpha=alpha)
-
-
-def _split_calibration(taps: Taps, seed: int) -> tuple[Taps, Taps]:
-    """A third of the images for center and spread, the rest for the threshold."""
-    count = _count(taps, least=2)
-    order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    kept = _for_threshold(count)
-    return _rows(taps, order_N[kept:]), _rows(taps, order_N[:kept])
-
-
-def _for_threshold(count: int) -> int:
-    return max(count - max(count // 3, 1), 0)
 
 
 def _rows(taps: Taps, index: Tensor) -> Taps:
