@@ -97,6 +97,7 @@ async def _start(
         on_step=on_step,
     )
     await service_tasks.restore()
+    await asyncio.wrap_future(engine.prove())  # not ready before a forward has succeeded
     decoders = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, "decode"))
     classification = Classification(
         backbone=backbone,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from medley.classifier import Ask, Routed
 from medley.errors import MedleyError
+from medley.routed import ZERO_SHOT
 from service.errors import EngineError, QueueFullError, UnavailableError
 from service.metrics import Metrics
 
@@ -125,14 +126,32 @@ class Engine:
             self._changed.notify()
         return [item.future for item in items]
 
+    def prove(self) -> Future[Answer]:
+        """Send a blank image through, as zero-shot."""
+        return self.submit([self._blank_CHW], Ask(ZERO_SHOT))[0]
+
     def run(self, job: Callable[[], T]) -> Future[T]:
-        """Run `job` on the engine's thread between two batches."""
-        queued = _Job(job)
+        """Run `job` on the engine's thread between two batches; for changes of what is served."""
+        return self._enqueue([job])[0]
+
+    def run_all(self, jobs: Sequence[Callable[[], T]]) -> list[Future[T]]:
+        """Queue the jobs of one request, all or none.
+
+        Raises:
+            QueueFullError: other jobs wait, and with these it would be too many.
+            UnavailableError: the engine has stopped.
+        """
+        if self._jobs and len(self._jobs) + len(jobs) > self._queue_limit:
+            raise QueueFullError(f"{len(self._jobs)} jobs wait, limit {self._queue_limit}")
+        return self._enqueue(jobs)
+
+    def _enqueue(self, jobs: Sequence[Callable[[], T]]) -> list[Future[T]]:
+        queued = [_Job(job) for job in jobs]
         with self._changed:
             self._check_open()
-            self._jobs.append(queued)
+            self._jobs.extend(queued)
             self._changed.notify()
-        return queued.future
+        return [job.future for job in queued]
 
     def oldest_wait_s(self) -> float:
         """How long the oldest waiting image has waited; 0 if none waits."""
@@ -221,7 +240,7 @@ class Engine:
 
     def _beat(self) -> None:
         """Prove the engine with a blank image; wait for the next turn if it fails."""
-        if isinstance(self._forward([self._blank_CHW], [Ask(path=-1)]), EngineError):
+        if isinstance(self._forward([self._blank_CHW], [Ask(ZERO_SHOT)]), EngineError):
             with self._changed:
                 self._changed.wait_for(
                     lambda: bool(self._jobs or self._items or self._stopping), self._heartbeat_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import QueryParams, UploadFile
-from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from medley.errors import ImageError
@@ -26,7 +25,6 @@ from service.settings import Settings
 
 __all__ = [
     "Intake",
-    "body_chunks",
     "checked",
     "field_errors",
     "image_bytes",
@@ -82,20 +80,6 @@ def image_bytes(image: bytes | str) -> bytes:
         return base64.b64decode(image, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError("bytes_b64 is not base64", code="bad_base64") from error
-
-
-async def body_chunks(request: Request) -> AsyncIterator[bytes]:
-    """The raw body as it arrives.
-
-    Raises:
-        RequestError: the client went away before the end.
-    """
-    try:
-        async for chunk in request.stream():
-            if chunk:
-                yield chunk
-    except ClientDisconnect as error:
-        raise RequestError("the upload ended early", code="upload_ended_early") from error
 
 
 def checked(model: type[Model], body: bytes) -> Model:

@@ -21,7 +21,7 @@ from service.live import LabelSet, Resident
 
 __all__ = ["LabelCache"]
 
-CHUNK = 32  # labels per job, so that batches run in between
+CHUNK = 64  # prompts per job, so that batches run in between
 
 Encode = Callable[[tuple[str, ...], tuple[str, ...], int], Tensor]  # names, templates, path
 Key = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -68,8 +68,9 @@ class LabelCache:
         self, labels: tuple[str, ...], templates: tuple[str, ...], path: int
     ) -> asyncio.Future[Tensor]:
         """Queue all jobs at once, so that they run before `path` can be unloaded."""
-        parts = [labels[i : i + CHUNK] for i in range(0, len(labels), CHUNK)]
-        jobs = [self._engine.run(partial(self._encode, part, templates, path)) for part in parts]
+        size = max(1, CHUNK // len(templates))
+        parts = [labels[i : i + size] for i in range(0, len(labels), size)]
+        jobs = self._engine.run_all([partial(self._encode, p, templates, path) for p in parts])
         return asyncio.ensure_future(_concatenated([asyncio.wrap_future(job) for job in jobs]))
 
     def _settle(self, key: Key, done: asyncio.Future[Tensor]) -> None:

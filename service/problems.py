@@ -9,9 +9,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from medley.errors import MedleyError
-from service.errors import EngineError, problem, problem_fields
+from service.errors import EngineError, SyntaxProblemError, problem, problem_fields
 from service.intake import field_errors
 
 __all__ = ["PROBLEM_JSON", "install", "internal_error"]
@@ -24,6 +25,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(MedleyError, _medley_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _ended_early)
 
 
 def internal_error(request: Request) -> JSONResponse:
@@ -39,6 +41,12 @@ async def _medley_error(request: Request, error: Exception) -> JSONResponse:
 async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     return _response(request, problem(field_errors(error.errors())))
+
+
+async def _ended_early(request: Request, error: Exception) -> JSONResponse:
+    """Nobody hears this answer, but the metrics count it as the client's."""
+    early = SyntaxProblemError("the request ended early", code="request_ended_early")
+    return _response(request, problem(early))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

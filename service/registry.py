@@ -78,6 +78,7 @@ class Registry(Protocol):
         """Release what it holds."""
 
 
+_BUSY_S = 1.0  # nobody else writes here; a backup may hold the file for a moment
 # `activations` is a stack per task: activating puts a version on top, rolling back takes it off.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS generation (value INTEGER NOT NULL);
@@ -104,7 +105,9 @@ class LocalRegistry:
     def __init__(self, path: Path, *, on_step: Callable[[str], None] = lambda step: None) -> None:
         self._on_step = on_step
         with _registry_errors():
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request, Response
 
 from service.errors import NotFoundError
-from service.intake import body_chunks
 from service.live import Snapshot
 from service.openapi import PROBLEM_RESPONSES
 from service.registry import VersionRecord
@@ -53,9 +52,7 @@ async def register(
     activate: bool = True,
 ) -> TaskAnswer:
     """Take in a bundle (the raw body) as a version, prove it on the device, make it live."""
-    registered = await service.tasks.register(
-        task, version, body_chunks(request), activate=activate
-    )
+    registered = await service.tasks.register(task, version, request.stream(), activate=activate)
     response.status_code = 201 if registered.created else 200
     return _task(service.tasks.live.snapshot, task)
 

@@ -30,6 +30,7 @@ class ServerProcess:
 
     process: subprocess.Popen[str]
     url: str
+    store: Path
 
     def client(self) -> httpx.Client:
         """A new client of it."""
@@ -37,19 +38,19 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(store: Path, *options: str) -> Iterator[ServerProcess]:
-    command = [sys.executable, "-m", "tests.service.tiny_server", str(store), *options]
+def running_server(store: Path) -> Iterator[ServerProcess]:
+    command = [sys.executable, "-m", "tests.service.tiny_server", str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         try:
             url = process.stdout.readline().strip()
             assert url, "the server did not start"
-            yield ServerProcess(process, url)
+            yield ServerProcess(process, url, store)
         finally:
             process.kill()
 
 
-StartServer = Callable[..., AbstractContextManager[ServerProcess]]
+StartServer = Callable[[Path], AbstractContextManager[ServerProcess]]
 
 
 @pytest.fixture(scope="session")

@@ -192,7 +192,44 @@ def test_a_request_that_makes_no_sense_is_refused(
     assert response.headers["content-type"] == "application/problem+json"
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"image": NaN}'])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "\x00",
+        "a\x00b",
+        "🦊",
+        "\u202eabc",
+        "{}",
+        "{0.__class__}",
+        "<b>",
+        "&amp;",
+        "a" * 200,
+        "é" * 200,
+        "\ufffe",
+        "a\nb",
+    ],
+)
+def test_an_odd_label_is_a_label(http: httpx.Client, image: bytes, label: str) -> None:
+    response = classify(http, image, labels=[label, "car"], model="base")
+
+    assert response.status_code == 200
+    assert label in dict_of(response.json()["results"][0])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff",
+        b'{"image": NaN}',
+        b"[" * 100_000,
+        b'{"labels": ["\\ud800"]}',
+    ],
+)
 def test_a_body_that_is_no_json_object_is_refused(http: httpx.Client, body: bytes) -> None:
     headers = {"content-type": "application/json"}
 

@@ -1,17 +1,21 @@
 """What is there after a process has died, and after it has been asked to stop."""
 
 import json
+import resource
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
 from service.store import BundleStore
-from tests.service.conftest import ROOT, MakeBundle, OpenApp, StartServer
+from tests.service.conftest import ROOT, MakeBundle, OpenApp, ServerProcess, StartServer
 from tests.service.test_classify import classify
 from tests.service.test_tasks import put
 
@@ -133,3 +137,59 @@ def test_a_version_whose_bundle_is_damaged_is_reported_and_the_others_serve(
 def test_a_second_server_on_the_same_store_does_not_start(open_app: OpenApp) -> None:
     with open_app(), pytest.raises(Exception, match="another server"), open_app():
         pass
+
+
+def test_an_upload_whose_client_goes_away_leaves_nothing(
+    server: ServerProcess, http: httpx.Client, make: MakeBundle
+) -> None:
+    data, url = make(task="gone")[1], httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 80)) as raw:
+        raw.sendall(
+            b"PUT /v1/tasks/gone/versions/1 HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(data)
+        )
+        raw.sendall(data[: len(data) // 2])
+    ended = 'operation="PUT /v1/tasks/{task}/versions/{version}",status="400"} 1.0'
+    assert any(ended in http.get("/metrics").text for _ in range(1000))
+
+    assert list((server.store / "incoming").iterdir()) == []
+    assert put(http, data, "gone").status_code == 201
+
+
+def test_a_full_disk_refuses_the_bundle_and_nothing_else(
+    open_app: OpenApp, make: MakeBundle, image: bytes, tmp_path: Path
+) -> None:
+    """A limit on the size of files fails writes as a full disk does."""
+    first, data = make()[1], make(task="tools", seed=1)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_app() as http:
+        put(http, first)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            refused = put(http, data, "tools")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        assert (refused.status_code, refused.json()["code"]) == (507, "storage_full")
+        assert [task["task"] for task in http.get("/v1/tasks").json()["tasks"]] == ["pets"]
+        assert list((tmp_path / "store" / "incoming").iterdir()) == []
+        assert classify(http, image, labels=None).status_code == 200
+        assert put(http, data, "tools").status_code == 201
+
+
+def test_a_registry_that_cannot_be_written_refuses_changes_and_answers_go_on(
+    open_app: OpenApp, make: MakeBundle, image: bytes, tmp_path: Path
+) -> None:
+    with open_app() as http:
+        put(http, make()[1])
+        before = classify(http, image, labels=None).json()
+        with closing(sqlite3.connect(tmp_path / "store" / "registry.sqlite")) as other:
+            other.execute("PRAGMA journal_mode=WAL")
+            other.execute("BEGIN IMMEDIATE")
+            refused = put(http, make(task="tools", seed=1)[1], "tools")
+            assert (refused.status_code, refused.json()["code"]) == (503, "registry_unavailable")
+            assert http.delete("/v1/tasks/pets").status_code == 503
+            assert classify(http, image, labels=None).json() == before
+            other.rollback()
+        assert len(list((tmp_path / "store" / "bundles").iterdir())) == 1
+        assert put(http, make(task="tools", seed=1)[1], "tools").status_code == 201
