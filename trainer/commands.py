@@ -119,6 +119,9 @@ def train(
     alpha: Annotated[
         float | None, typer.Option(help="Share of its own images the task may refuse.")
     ] = None,
+    ddas_iterations: Annotated[
+        int | None, typer.Option(help="Optimiser steps of each autoencoder.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal bundles.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the forward.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.")] = False,
@@ -150,6 +153,7 @@ def train(
         freeze_mass=freeze_mass,
         hold_out=hold_out,
         alpha=alpha,
+        ddas_iterations=ddas_iterations,
         seed=seed,
         precision=precision,
     )
@@ -324,8 +328,8 @@ def _print_outcome(report: dict[str, Any], path: Path) -> None:
 
 def _print_evaluation(result: Evaluation) -> None:
     table = Table(
-        *("data", "images", "classes", "zero-shot", "linear probe", "experts, told"),
-        *("experts, DDAS", "routing", "false reject", "alpha"),
+        *("data", "images", "classes", "zero-shot", "probe", "told", "DDAS"),
+        *("routing", "refused", "alpha"),
         title="Top-1 over the set's own classes, per image, mixed batches",
     )
     for score in result.scores:

@@ -41,7 +41,7 @@ from trainer.ddas import DEFAULT_FEATURES, false_reject_rate, fit_selector
 from trainer.experts import BlockMixture, TowerMixture
 from trainer.settings import TrainSettings
 from trainer.training import FrozenExperts, Learner
-from trainer.trunk import CHUNK, image_entrance, pixels_of
+from trainer.trunk import image_entrance, pixels_of
 
 __all__ = ["Label", "Usage", "capacity_for", "export", "frozen_experts", "keep", "measure_usage"]
 
@@ -326,6 +326,7 @@ def _calibrated(
         features=features,
         alpha=settings.alpha,
         seed=settings.seed,
+        iterations=settings.ddas_iterations,
     )
     measured = calibration if calibration is not None and enough else fit
     return selector, Calibration(
@@ -384,8 +385,8 @@ def _accuracy(classifier: Classifier, path: int, class_text_CE: Tensor, images: 
 
 
 def _pixel_batches(backbone: Backbone, images: ImageSet) -> Iterator[Tensor]:
-    for start in range(0, len(images), CHUNK):
-        yield pixels_of(backbone, images, range(start, min(start + CHUNK, len(images))))
+    for start in range(0, len(images), BUCKET):
+        yield pixels_of(backbone, images, range(start, min(start + BUCKET, len(images))))
 
 
 def _spread(images: ImageSet) -> list[int]:

@@ -44,12 +44,14 @@ class TrainSettings:
     freeze_count: int = 2  # the paper's rule: so many of the most counted
     hold_out: float = 0.2  # of each class: calibrates DDAS, and no gradient ever sees it
     alpha: float = 0.02  # share of its own images that the task may refuse
+    ddas_iterations: int = 1000  # of each autoencoder
     shots: int | None = None  # images per class; nothing is then held out
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "num_experts", "top_k", "bottleneck"):
+        counts = ("iterations", "batch_size", "num_experts", "top_k", "bottleneck", "freeze_count")
+        for name in (*counts, "ddas_iterations"):
             _require(name, getattr(self, name), low=1)
         for name in ("augmented_copies", "first_text_block", "balance", "seed"):
             _require(name, getattr(self, name), low=0)
@@ -60,7 +62,6 @@ class TrainSettings:
         for name in ("hold_out", "alpha"):
             _require(name, getattr(self, name), low=0, below=1, open_low=True)
         _require("freeze_mass", self.freeze_mass, low=0, high=1, open_low=True)
-        _require("freeze_count", self.freeze_count, low=1)
         if self.first_expert_block is not None:
             _require("first_expert_block", self.first_expert_block, low=0)
         if self.shots is not None:

@@ -25,10 +25,21 @@ from medley.backbone import Backbone
 from medley.tower import Block, Mask
 from trainer.datasets import ImageSet
 
-__all__ = ["Entrance", "ImageTrunk", "pixels_of", "prompt_entrance"]
+__all__ = [
+    "CHUNK",
+    "Entrance",
+    "ImageTrunk",
+    "entrance_bytes",
+    "image_entrance",
+    "pixels_of",
+    "prompt_entrance",
+]
 
 OnChunk = Callable[[int], None]
 CHUNK = 64  # images in one forward of the trunk
+# Images in one forward of the stem, channels last: medley-mini's convolutional stem then takes
+# 5.6 ms of one core for an image, against 15 ms for 64 at a time in the usual order (2026-11).
+STEM_CHUNK = 16
 CROP_SCALE = (0.9, 1.0)  # RandomResizedCrop as in MoE-Adapters, arXiv:2403.11549; no flip
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -119,7 +130,9 @@ def entrance_bytes(backbone: Backbone, first_block: int) -> int:
 def image_entrance(backbone: Backbone, pixels_BCHW: Tensor, first_block: int) -> Entrance:
     """Run uint8 pixels through the frozen trunk."""
     tower = backbone.image
-    x_BLD = tower.embed(tower.stem(backbone.normalise(pixels_BCHW)))
+    images_BCHW = backbone.normalise(pixels_BCHW).contiguous(memory_format=torch.channels_last)
+    patches_BLD = torch.cat([tower.stem(part) for part in images_BCHW.split(STEM_CHUNK)])
+    x_BLD = tower.embed(patches_BLD)
     return _enter(tower.blocks, x_BLD, None, first_block)
 
 

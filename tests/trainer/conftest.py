@@ -1,0 +1,25 @@
+"""Fixtures of the trainer's tests."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.trainer.tiny import NoLargeFiles
+
+
+@pytest.fixture
+def no_large_files() -> NoLargeFiles:
+    """A context in which a file cannot grow beyond 64 KiB: writing fails in the middle."""
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
