@@ -1,0 +1,1 @@
+"""Experiments that decided a default, kept so that they can be run again."""

@@ -1,0 +1,196 @@
+"""The experiment's page: Markdown, the numbers as JSON, and a picture.
+
+It computes nothing but means over tasks and seeds; what follows from the numbers is in the ADR.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trainer.ddas import DEFAULT_ALPHA, DEFAULT_CODE_SIZE, DEFAULT_FEATURES
+from trainer.experiments.routing.bench import Experiment, Row
+from trainer.experiments.routing.features import CANARY
+from trainer.suite import TASKS
+
+__all__ = ["write_report"]
+
+NAME = "2026-11_routing-features"
+_COLUMNS = ("accuracy", "false_reject", "false_accept", "canary", "auroc")
+_HEADINGS = ("accuracy", "false reject", "false accept", f"{CANARY} accepted", "AUROC")
+
+
+def write_report(experiment: Experiment, folder: Path) -> list[Path]:
+    """Write the three files and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page, numbers, picture = (folder / f"{NAME}.{end}" for end in ("md", "json", "png"))
+    page.write_text(_page(experiment), encoding="utf-8")
+    numbers.write_text(json.dumps(_rounded(asdict(experiment)), indent=1), encoding="utf-8")
+    _picture(experiment).savefig(picture)
+    return [page, numbers, picture]
+
+
+def _page(experiment: Experiment) -> str:
+    images = ", ".join(f"{t} {a}/{b}/{c}" for t, (a, b, c) in experiment.images.items())
+    ms = ", ".join(f"{name} {value} ms" for name, value in experiment.milliseconds.items())
+    default = f"{_features(DEFAULT_FEATURES)}, code {DEFAULT_CODE_SIZE}, alpha {DEFAULT_ALPHA}"
+    parts = [
+        "# Which frozen features should DDAS look at?",
+        f"Command: `python -m trainer.experiments.routing` (one thread, {platform.machine()} CPU, "
+        f"torch {torch.__version__}).\n"
+        f"Backbone: {experiment.fingerprint}, the small suite's nine tasks, "
+        f"{len(experiment.shipped.outcomes)} seeds "
+        "(each draws other images to fit and to calibrate and initialises the autoencoders anew; "
+        "test images are the same).\n"
+        f"Images fitted/calibrated/tested, disjoint: {images}.",
+        "All numbers are percentages **per image**, means over tasks and seeds; in brackets how "
+        "far the seeds' means lie apart. *Accuracy*: test images that reach their own task, all "
+        "nine being there. *False reject*: refused by their own task. *False accept*: accepted by "
+        "some other task when their own is absent (leave one out). "
+        f"*{CANARY} accepted*: emoji of a vendor that neither the base nor a task has seen, "
+        "accepted by any of the nine. *AUROC*: the best score, tasks that are there against the "
+        "absent one.",
+        "Test images of flags, chess, letters and counting come from vendors, piece sets, font "
+        "families and objects that training has not seen: for them the calibration images are "
+        "not exchangeable with the test images, and the conformal promise does not apply.",
+        f"![bars and histograms]({NAME}.png)",
+        f"## Features (code {DEFAULT_CODE_SIZE}, alpha {DEFAULT_ALPHA})",
+        _table(experiment.features, "features", lambda row: _features(row.features)),
+        f"Cost: {ms} an image in a batch of 32. Features up to `first_expert_block` are free; "
+        "deeper ones need the rest of the tower without experts, after which an image that a task "
+        "claims goes through that rest again.",
+        "## Code size",
+        _table(
+            experiment.code_sizes,
+            "features, code size",
+            lambda row: f"{_features(row.features)}, {row.code_size}",
+        ),
+        "## Rules",
+        "*feature units*: sum of log errors, each times the task's own scale (shipped). *plain "
+        "errors*: in units of the task's own deviation. *summed errors*: of the levels, not their "
+        "logarithms. *standardised*: by the mean and deviation of a third of the calibration "
+        "images. *worst level*: the largest of the standardised. *p-value*: the rank among the "
+        "calibration images. *shared threshold*: plain errors, one threshold on all tasks' "
+        "calibration images pooled (the paper's rule without its hand-set number).",
+        _table(
+            experiment.rules, "features, rule", lambda row: f"{_features(row.features)}, {row.rule}"
+        ),
+        f"## False rejects against alpha ({_features(DEFAULT_FEATURES)})",
+        _alphas(experiment.alphas),
+        f"## The default by task ({default}; through the shipped code)",
+        _by_task(experiment.shipped),
+        f"Mean: {_cells(experiment.shipped)} ({', '.join(_HEADINGS)}).",
+        "Accepted by (columns) of the images of (rows):",
+        _accepted(experiment.shipped),
+        "## With the request's label list",
+        _label_list(experiment),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Row], first: str, name: Callable[[Row], str]) -> str:
+    lines = [f"| {first} | {' | '.join(_HEADINGS)} |", "|---" * (len(_HEADINGS) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {name(row)} | {_cells(row)} |" for row in rows)])
+
+
+def _cells(row: Row) -> str:
+    return " | ".join(f"{_percent(row.mean(c))} ({_percent(row.range(c))})" for c in _COLUMNS)
+
+
+def _alphas(rows: Sequence[Row]) -> str:
+    lines = [f"| alpha | mean | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 2) + "|"]
+    for row in rows:
+        rates = [row.mean("false_reject"), *row.by_task("false_reject")]
+        lines.append(f"| {row.alpha} | {' | '.join(map(_percent, rates))} |")
+    return "\n".join(lines)
+
+
+def _by_task(row: Row) -> str:
+    columns = [c for c in _COLUMNS if c != "canary"]
+    headings = " | ".join(column.replace("_", " ") for column in columns)
+    lines = [f"| task | {headings} |", "|---" * (len(columns) + 1) + "|"]
+    for index, task in enumerate(TASKS):
+        lines.append(f"| {task} | {' | '.join(_percent(row.by_task(c)[index]) for c in columns)} |")
+    return "\n".join(lines)
+
+
+def _accepted(row: Row) -> str:
+    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    means: list[list[float]] = np.mean([o.accepted_ST for o in row.outcomes], axis=0).tolist()
+    for name, shares in zip((*TASKS, CANARY), means, strict=True):
+        lines.append(f"| {name} | {' | '.join(map(_percent, shares))} |")
+    return "\n".join(lines)
+
+
+def _label_list(experiment: Experiment) -> str:
+    pairs = experiment.shared_class_names
+    shared = "; ".join(f"{a} and {b}" for a, b in pairs) if pairs else "no two of the nine tasks"
+    kept = _percent(1 - experiment.shipped.mean("false_reject"))
+    return (
+        "A request that brings its labels may only go to a task whose classes contain them all. "
+        f"Class names in common: {shared}. Where a task has none of another's labels it is not "
+        "eligible for that other's requests, whatever its autoencoder says: false accepts are "
+        "then 0 by arithmetic, not by measurement, and accuracy is 100 minus false rejects, "
+        f"{kept} for the default. This needs labels that are spelt as the task spells them."
+    )
+
+
+def _picture(experiment: Experiment) -> Figure:
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.6, 1])
+    bars = figure.add_subplot(grid[0, :])
+    rows = experiment.features
+    places = range(len(rows))
+    for shift, column, colour in (
+        (-0.3, "accuracy", "tab:blue"),
+        (0.0, "false_accept", "tab:red"),
+        (0.3, "canary", "tab:orange"),
+    ):
+        values = [100 * row.mean(column) for row in rows]
+        label = f"{CANARY} accepted" if column == "canary" else column.replace("_", " ")
+        bars.bar([x + shift for x in places], values, 0.28, color=colour, label=label)
+    bars.set_xticks(places, [" +\n".join(row.features) for row in rows], rotation=60, fontsize=8)
+    bars.set(ylabel="% of images", ylim=(0, 100), title=f"features, alpha {DEFAULT_ALPHA}")
+    bars.legend(loc="upper center", ncols=3)
+    for place, (task, (own, others, canary, threshold)) in enumerate(experiment.histograms.items()):
+        axes = figure.add_subplot(grid[1, place])
+        _density(axes, own, f"{task}, test", "tab:blue")
+        _density(axes, others, "other tasks", "tab:red")
+        _density(axes, canary, CANARY, "tab:orange")
+        axes.axvline(threshold, color="black", linestyle="--", label="threshold")
+        axes.set(xlabel=f"score under {task}", title=_features(DEFAULT_FEATURES))
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _density(axes: Axes, values: Sequence[float], label: str, colour: str) -> None:
+    axes.hist(
+        values, bins=60, histtype="stepfilled", alpha=0.5, density=True, label=label, color=colour
+    )
+
+
+def _features(features: Sequence[str]) -> str:
+    return " + ".join(features)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _rounded(value: object) -> object:
+    """Four digits are enough for shares of 500 images."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
