@@ -46,14 +46,14 @@ class PretrainConfig:
     cached_images: int = 98_304
     patch_dropout: float = 0.5
     image_batch: int = 64
-    image_samples: int = 320_000
-    joint_samples: int = 128_000
+    image_samples: int = 160_000
+    joint_samples: int = 216_000
     image_lr: float = 1e-3
     nearest_names: int = 8
     label_temperature: float = 0.05
     wordnet_nouns: int = 24_000
     text_batch: int = 128
-    text_samples: int = 1_000_000
+    text_samples: int = 420_000
     text_lr: float = 1e-3
     checkpoint_every_s: float = 240.0
 

@@ -73,12 +73,14 @@ class Pretraining:
         cache: gets sources, pictures, features and checkpoints (about 7 GB).
         progress: where people can watch.
         workers: processes for rendering and caching.
+        weights: where the embedded weights go, with evaluation and model card beside them.
     """
 
     config: PretrainConfig
     cache: Path
     progress: Progress
     workers: int = 2
+    weights: Path = WEIGHTS
     _stages: dict[str, Callable[[], None]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -348,14 +350,14 @@ class Pretraining:
 
     def export(self) -> None:
         """Write the embedded weights."""
-        export(self.trained(), WEIGHTS, recipe=self.config.digest())
+        export(self.trained(), self.weights, recipe=self.config.digest())
 
     def evaluate(self) -> None:
         """Examine the embedded weights; writes ``evaluation.json`` and the model card's table."""
-        results = self.examine(load_mini())
+        results = self.examine(load_mini(self.weights))
         rows = [asdict(result) for result in results]
-        save_json(WEIGHTS.with_name("evaluation.json"), rows)
-        write_numbers(WEIGHTS.with_name("MODEL_CARD.md"), results)
+        save_json(self.weights.with_name("evaluation.json"), rows)
+        write_numbers(self.weights.with_name("MODEL_CARD.md"), results)
         self.progress.table(rows)
 
     def trained(self) -> CLIP:
