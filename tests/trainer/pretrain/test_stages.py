@@ -60,6 +60,7 @@ def minilm(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(model / "tokenizer.json"))
+    shapes: dict[str, tuple[int, ...]]
     shapes = {f"embeddings.{kind}_embeddings.weight": (60, 384) for kind in ("word", "position")}
     shapes["embeddings.token_type_embeddings.weight"] = (2, 384)
     norms = ["embeddings.LayerNorm"]
