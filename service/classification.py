@@ -23,7 +23,7 @@ from medley.errors import ImageError
 from medley.images import ImageLimits, decode
 from medley.routed import ZERO_SHOT
 from service.engine import Answer, Engine
-from service.errors import QueueFullError, RequestError, problem
+from service.errors import EngineError, QueueFullError, RequestError, problem
 from service.intake import Intake, image_bytes
 from service.labels import LabelCache
 from service.live import LabelSet, Live, Resident, Snapshot
@@ -39,7 +39,7 @@ from service.schemas import (
     TaskScore,
 )
 
-__all__ = ["Classification", "Timed"]
+__all__ = ["Classification", "Plan", "Timed", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,12 @@ class Classification:
     async def _ask(self, pixels: Sequence[Tensor], plan: Plan) -> list[Answer]:
         try:
             futures = self._engine.submit(pixels, plan.ask)
-        except QueueFullError:
+            return await asyncio.gather(*[asyncio.wrap_future(future) for future in futures])
+        except (QueueFullError, EngineError) as error:
+            outcome = "rejected" if isinstance(error, QueueFullError) else "error"
             for _ in pixels:
-                self._metrics.count_image(None, plan.routed_by, "rejected")
+                self._metrics.count_image(None, plan.routed_by, outcome)
             raise
-        return await asyncio.gather(*[asyncio.wrap_future(future) for future in futures])
 
     async def _predict(self, answer: Answer, plan: Plan) -> Prediction:
         resident = plan.snapshot.by_path.get(answer.path)

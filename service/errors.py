@@ -35,6 +35,7 @@ __all__ = [
     "SyntaxProblemError",
     "UnavailableError",
     "problem",
+    "problem_fields",
     "status_of",
 ]
 

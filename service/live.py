@@ -20,7 +20,7 @@ from torch import Tensor
 from service.errors import NotFoundError, UnavailableError
 from service.registry import Desired, VersionRecord
 
-__all__ = ["LabelSet", "Live", "Resident", "Snapshot"]
+__all__ = ["Key", "LabelSet", "Live", "Resident", "Snapshot"]
 
 Key = tuple[str, str]  # task, version
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-__all__ = ["MAX_TASK_LABELS", "Metrics"]
+__all__ = ["MAX_TASK_LABELS", "Metrics", "package_version"]
 
 MAX_TASK_LABELS = 200
 ZERO_SHOT_LABEL = "zero_shot"

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from service.errors import ConflictError, NotFoundError, UnavailableError
 
-__all__ = ["Desired", "LocalRegistry", "Registry", "VersionRecord"]
+__all__ = ["Desired", "LocalRegistry", "Registry", "VersionRecord", "now"]
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,13 @@ class BundleStore:
             self.path(digest).unlink(missing_ok=True)
 
     def clean(self, wanted: Collection[str]) -> int:
-        """Remove half uploads and bundles that no version names; returns how many files went."""
+        """Remove half uploads and bundles that no version names; returns how many files went.
+
+        If nothing is wanted, bundles stay: a registry that was lost must not take them with it.
+        """
         keep = {self.path(digest) for digest in wanted}
-        stale = [*self._incoming.iterdir(), *(p for p in self._bundles.iterdir() if p not in keep)]
+        stale = [*self._incoming.iterdir()]
+        stale += [path for path in self._bundles.iterdir() if keep and path not in keep]
         with _storage_errors():
             for path in stale:
                 path.unlink(missing_ok=True)

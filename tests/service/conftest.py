@@ -47,7 +47,7 @@ def running_server(store: Path) -> Iterator[ServerProcess]:
             assert url, "the server did not start"
             yield ServerProcess(process, url, store)
         finally:
-            process.kill()
+            process.terminate()  # in order, so that what it ran is counted in the coverage
 
 
 StartServer = Callable[[Path], AbstractContextManager[ServerProcess]]
