@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from medley.backbone import Backbone
 from medley.bundle import Bundle
+from medley.errors import DataError
+from medley.manifest import Manifest
 from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, few_shot, split
 from trainer.export import Label, Usage, export, frozen_experts, keep, measure_usage
@@ -47,7 +51,7 @@ def learn(
     checkpoint_every_s: float = 60.0,
     watcher: Watcher,
 ) -> Outcome:
-    """Learn a task and write `<task>-<version>.safetensors`, report and plots into a folder.
+    """Learn a task into `<task>-<version>.safetensors`; report and plots lie in a folder beside.
 
     Raises:
         DataError: the data cannot be learnt from, a setting does not suit the backbone, or the
@@ -55,7 +59,10 @@ def learn(
         be written.
     """
     started_s = time.monotonic()
-    make_folder(folder)
+    _check_names(label, images)
+    name = f"{label.task}-{label.version}"
+    details = folder / name
+    make_folder(details)
     frozen = frozen_experts(after, backbone, settings)
     train_part, held_out = _parts(images, settings)
     data_digest = images.digest
@@ -65,7 +72,7 @@ def learn(
         held_out,
         settings,
         frozen=frozen,
-        checkpoint=folder / "checkpoint.pt",
+        checkpoint=details / "checkpoint.pt",
         identity=_identity(backbone, images, data_digest, settings, after),
         resume=resume,
         checkpoint_every_s=checkpoint_every_s,
@@ -73,7 +80,7 @@ def learn(
     )
     trained_s = time.monotonic()
     usage = measure_usage(learner, backbone, train_part, settings)
-    path = folder / f"{label.task}-{label.version}.safetensors"
+    path = folder / f"{name}.safetensors"
     bundle = export(
         keep(learner, frozen, usage, settings),
         backbone,
@@ -89,8 +96,26 @@ def learn(
         "training_s": round(trained_s - started_s, 1),
         "export_s": round(time.monotonic() - trained_s, 1),
     }
-    _write_reports(folder, report, history, usage)
+    _write_reports(details, report, history, usage)
     return Outcome(bundle, path, report)
+
+
+def _check_names(label: Label, images: ImageSet) -> None:
+    """Refuse before training what the manifest would refuse after it."""
+    for name, value in {
+        "task": label.task,
+        "version": label.version,
+        "licence": label.licence,
+        "class_names": images.class_names,
+        "templates": images.templates,
+    }.items():
+        try:
+            TypeAdapter(Manifest.model_fields[name].rebuild_annotation()).validate_python(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise DataError(
+                f"{name} {first['input']!r}: {first['msg']}", code="settings"
+            ) from error
 
 
 def _parts(images: ImageSet, settings: TrainSettings) -> tuple[ImageSet, ImageSet | None]:

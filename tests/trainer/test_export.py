@@ -2,7 +2,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,7 +9,7 @@ from medley.admission import admit
 from medley.backbone import Backbone
 from medley.bundle import Bundle, read_bundle
 from medley.classifier import Ask, Classifier, logits
-from medley.errors import BundleError
+from medley.errors import BundleError, DataError
 from medley.pool import Capacity
 from medley.routed import RoutedModel
 from tests.models import tiny_backbone
@@ -235,22 +234,37 @@ def test_a_full_disk_leaves_the_older_bundle_and_nothing_else(
     backbone: Backbone, tmp_path: Path, no_large_files: NoLargeFiles
 ) -> None:
     bundle, _ = learnt(backbone, tmp_path, 0, [])
-    names = sorted(path.name for path in tmp_path.iterdir())
-    with no_large_files(), pytest.raises(Exception, match=r"cannot write .*: File too large"):
+    files = sorted(tmp_path.rglob("*"))
+    full = pytest.raises((BundleError, DataError), match=r"cannot write .*: File too large")
+    with no_large_files(), full:
         learnt(backbone, tmp_path, 0, [], seed=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(tmp_path.rglob("*")) == files
     assert read_bundle(tmp_path / "colours0-1.safetensors").digest == bundle.digest
 
 
-def test_reports_and_plots_lie_beside_the_bundle(backbone: Backbone, tmp_path: Path) -> None:
+def test_reports_and_plots_lie_in_a_folder_beside_the_bundle(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     learnt(backbone, tmp_path, 0, [])
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        "checkpoint.pt",
-        "colours0-1.safetensors",
-        "curves.png",
-        "report.json",
-        "report.md",
-        "usage.png",
-    }
-    assert np.all([(tmp_path / name).stat().st_size > 0 for name in names])
+    files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+    reports = ("checkpoint.pt", "curves.png", "report.json", "report.md", "usage.png")
+    assert files == {"colours0-1.safetensors", *(f"colours0-1/{name}" for name in reports)}
+    assert "bottleneck" in (tmp_path / "colours0-1" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("field", ["task", "version", "licence"])
+def test_a_name_that_a_bundle_cannot_have_is_refused_before_training(
+    backbone: Backbone, tmp_path: Path, field: str
+) -> None:
+    label = replace(LABEL, **{field: "" if field == "licence" else "No Name!"})
+    watch = Watch()
+    with pytest.raises(DataError, match=field):
+        learn(
+            backbone,
+            pictures(COLOURS[:2], 9),
+            SETTINGS,
+            label=label,
+            folder=tmp_path,
+            watcher=watch,
+        )
+    assert watch.started_at == -1
