@@ -42,7 +42,7 @@ class SoftLabels:
 
 
 class ImageLearner:
-    """Trains ``model.visual`` from a feature cache; see `loop.Learner`."""
+    """Trains ``model.visual`` from some rows of a feature cache; see `loop.Learner`."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class ImageLearner:
         cache: FeatureCache,
         labels: NDArray[np.int64],
         *,
+        rows: NDArray[np.int64],
         names_NE: Tensor,
         soft_labels: SoftLabels,
         batch: int,
@@ -63,6 +64,7 @@ class ImageLearner:
         named = [*self._tower.named_parameters(), ("scale", self._scale)]
         self._optimizer = adamw(named, weight_decay=_WEIGHT_DECAY)
         self._cache = cache
+        self._learnt_rows = rows
         self._labels = labels
         self._classes = names_NE.T.contiguous()
         self._soft_labels = soft_labels
@@ -101,11 +103,11 @@ class ImageLearner:
 
     def _rows(self, index: int) -> NDArray[np.int64]:
         """Rows of the cache for a step: each epoch shuffles anew and drops its last odd rows."""
-        steps_an_epoch = max(self._cache.num_rows // self._batch, 1)
+        steps_an_epoch = max(len(self._learnt_rows) // self._batch, 1)
         epoch, place = divmod(index, steps_an_epoch)
         if self._epoch[0] != epoch:
             chance = np.random.default_rng((self._seed, epoch))
-            self._epoch = (epoch, chance.permutation(self._cache.num_rows))
+            self._epoch = (epoch, chance.permutation(self._learnt_rows))
         return self._epoch[1][place * self._batch : (place + 1) * self._batch]
 
 

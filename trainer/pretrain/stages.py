@@ -27,6 +27,7 @@ from trainer.pretrain.corpus import Corpus, Emoji, build_corpus, read_nouns
 from trainer.pretrain.examination import (
     Reader,
     Result,
+    class_features,
     examine,
     examine_suite,
     shipped_reader,
@@ -39,7 +40,7 @@ from trainer.pretrain.progress import Progress
 from trainer.pretrain.render import IconSet, load_set, render_sets
 from trainer.pretrain.stem import pretrained_stem
 from trainer.pretrain.teacher import MiniLM, TeacherTexts
-from trainer.pretrain.text import TextLearner, TextTable, embed
+from trainer.pretrain.text import TextLearner, TextTable
 from trainer.pretrain.words import distillation_texts, forms, wordnet_nouns
 from trainer.suite import TASKS, load_task
 
@@ -60,6 +61,8 @@ _IMAGE_FIELDS = (
     "patch_dropout",
 )
 _TEXT_FIELDS = ("seed", "icon_px", "wordnet_nouns", "text_batch", "text_lr")
+_ALL_KINDS, _THINGS = {"colour", "noun", "other"}, {"colour", "noun"}
+_JOINT_PROMPTS = ("{}", "an icon of a {}", "a photo of a {}.")
 _WARMUP_STEPS = 150
 _TEXT_DECAY = 0.3  # share of distillation in which its learning rate falls
 
@@ -219,16 +222,18 @@ class Pretraining:
             steps=self.joint_steps.stop,
         )
 
-    def image_learner(self, model: CLIP, names_NE: Tensor) -> ImageLearner:
-        """A learner whose classes are these embeddings of the corpus's names."""
+    def image_learner(self, model: CLIP, names_NE: Tensor, kinds: set[str]) -> ImageLearner:
+        """A learner of pictures of some kinds, whose classes are embeddings of all names."""
         cache = self.feature_cache()
         chance = np.random.default_rng(self.config.seed)
         standardise(model.visual.conv1, cache.stacked(chance.choice(cache.num_rows, 2048)))
         shown = [self.corpus.label[item.name] for item in self.corpus.items]
+        shown_kinds = np.asarray([item.kind for item in self.corpus.items])[self.plan.order]
         return ImageLearner(
             model,
             cache,
             np.asarray(shown)[self.plan.order],
+            rows=np.flatnonzero(np.isin(shown_kinds, sorted(kinds))),
             names_NE=names_NE,
             soft_labels=SoftLabels(
                 self.teacher_names,
@@ -304,7 +309,7 @@ class Pretraining:
             return
         torch.manual_seed(self.config.seed)
         model = build_mini(patch_dropout=self.config.patch_dropout)
-        learner = self.image_learner(model, self.teacher_names)
+        learner = self.image_learner(model, self.teacher_names, _ALL_KINDS)
         self._learn("image", learner, self.image_schedule(), self.image_file, self.image_steps)
 
     def distil_text(self) -> None:
@@ -335,16 +340,17 @@ class Pretraining:
     def tune_jointly(self) -> None:
         """Go on with the image tower, now against what the shipped text tower makes of the names.
 
-        The learning rate falls to zero here: the image tower settles on the features that will
-        really be compared with its own.
+        The learning rate falls to zero here, and interface symbols are left out: the tower settles
+        on things, and on the features that it will really be compared with.
         """
         steps = self.joint_steps
         if finished(self.joint_file, steps):
             return
         model = build_mini(patch_dropout=self.config.patch_dropout)
         TextLearner.restore(model, load_state(self.text_file)["learner"])
-        names_NE = embed(model, mini_tokenizer()(self.corpus.names)).clone()
-        learner = self.image_learner(model, names_NE)
+        read = shipped_reader(model, mini_tokenizer())
+        names_NE = class_features(read, self.corpus.names, _JOINT_PROMPTS)
+        learner = self.image_learner(model, names_NE, _THINGS)
         learner.load_state_dict(load_state(self.image_file)["learner"])
         self._learn("joint", learner, self.image_schedule(), self.joint_file, steps)
 

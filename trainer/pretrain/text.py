@@ -77,7 +77,7 @@ def encode(model: CLIP, tokens_BL: Tensor) -> Tensor:
     return features_BE
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(model: CLIP, tokens_NL: Tensor, *, batch: int = 512) -> Tensor:
     """Normalised features of many texts, (N, E)."""
     lengths_N = (tokens_NL != 0).sum(1)

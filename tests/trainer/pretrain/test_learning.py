@@ -38,6 +38,7 @@ def image_learner(tmp_path: Path) -> Callable[[], ImageLearner]:
             build_mini(patch_dropout=0.5),
             cache,
             np.arange(12) % 5,
+            rows=np.arange(12),
             names_NE=names(),
             soft_labels=SoftLabels(names(), nearest=3, temperature=0.05),
             batch=BATCH,
