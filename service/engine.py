@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -228,7 +228,7 @@ class Engine:
 
     def _forward(self, pixels: list[Tensor], asks: list[Ask]) -> Routed | EngineError:
         try:
-            routed = self._route(torch.stack(pixels), asks)
+            routed = _on_host(self._route(torch.stack(pixels), asks))
         except Exception as error:  # outermost loop of a worker: the batch fails, the thread lives
             self._metrics.batch_failures.inc()
             log.exception("a batch of %d images failed", len(asks))
@@ -270,11 +270,21 @@ class Engine:
             self._metrics.stage_duration_s.labels("queue").observe(start_s - item.submitted_s)
 
 
+def _on_host(routed: Routed) -> Routed:
+    """Wait for the device here, where a failure of it is caught."""
+    return replace(
+        routed,
+        features_BE=routed.features_BE.cpu(),
+        scores_BT=routed.scores_BT.cpu(),
+        accepted_BT=routed.accepted_BT.cpu(),
+    )
+
+
 def _answer_of(routed: Routed, row: int, queue_s: float, forward_s: float) -> Answer:
     scores, accepted = routed.scores_BT[row].tolist(), routed.accepted_BT[row].tolist()
     return Answer(
         path=routed.paths[row],
-        features_E=routed.features_BE[row].cpu(),
+        features_E=routed.features_BE[row],
         scores=dict(zip(routed.tasks, scores, strict=True)),
         accepted=dict(zip(routed.tasks, accepted, strict=True)),
         queue_s=queue_s,

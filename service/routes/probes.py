@@ -29,8 +29,10 @@ async def livez(service: CurrentService) -> dict[str, bool]:
 @routes.get("/readyz")
 async def readyz(service: CurrentService) -> JSONResponse:
     """Whether traffic should come here; 503 without a recent forward that succeeded."""
-    age_s, oldest_s = service.engine.last_success_age_s(), service.engine.oldest_wait_s()
-    if age_s > BEATS * service.settings.heartbeat_s or oldest_s > STALLED_S:
+    engine = service.engine
+    age_s = engine.last_success_age_s()
+    stale = age_s > BEATS * service.settings.heartbeat_s
+    if stale or engine.oldest_wait_s() > STALLED_S or not engine.alive:
         raise UnavailableError("no forward has succeeded lately", code="not_ready")
     snapshot = service.tasks.live.snapshot
     state: dict[str, Any] = {

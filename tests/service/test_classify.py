@@ -267,6 +267,17 @@ def test_a_form_without_a_file_or_a_broken_one_is_refused(http: httpx.Client) ->
     assert http.post("/v1/classify", content=b"", headers=no_boundary).status_code == 400
 
 
+def test_too_many_labels_are_refused_in_every_form(http: httpx.Client, image: bytes) -> None:
+    labels = {"labels": [f"label {i}" for i in range(1001)]}
+    raw = {"content-type": "image/png"}
+    for response in (
+        classify(http, image, **labels),
+        http.post("/v1/classify", files={"file": image}, data=labels),
+        http.post("/v1/classify", content=image, params=labels, headers=raw),
+    ):
+        assert (response.status_code, response.json()["code"]) == (413, "too_many_labels")
+
+
 def test_a_body_over_the_limit_is_refused_in_every_form(open_app: OpenApp, image: bytes) -> None:
     with open_app(max_request_bytes=1000) as http:
         for response in (

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+from fastapi import FastAPI
 
 from tests.service.conftest import MakeBundle, OpenApp, ServerProcess
 from tests.service.made import image_bytes
@@ -153,3 +154,16 @@ def test_more_images_than_may_wait_are_told_to_come_again(open_app: OpenApp, ima
         if answer.status_code == 429:
             assert answer.headers["retry-after"] == "1"
             assert answer.json()["code"] == "queue_full"
+
+
+def test_an_engine_that_has_ended_is_neither_ready_nor_alive(
+    open_app: OpenApp, image: bytes
+) -> None:
+    with open_app() as http:
+        assert http.get("/livez").status_code == 200
+        app: FastAPI = http.app  # type: ignore[attr-defined]
+        app.state.service.engine.stop()
+
+        assert http.get("/livez").json()["code"] == "engine_dead"
+        assert http.get("/readyz").json()["code"] == "not_ready"
+        assert classify(http, image).json()["code"] == "draining"

@@ -1,7 +1,6 @@
 """`/v1/tasks`: what is taken in, what is refused, and who may change anything; over HTTP."""
 
 import json
-import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +9,9 @@ import httpx
 import pytest
 import torch
 from fastapi import FastAPI
-from safetensors.torch import load, save
+from safetensors.torch import save
 
+from medley import sealed
 from service.app import create_app
 from service.settings import Settings
 from tests.models import tiny_backbone
@@ -102,18 +102,14 @@ def test_a_task_without_a_live_version_answers_by_version_only(
     http.delete("/v1/tasks/hidden")
 
 
-def header_length(data: bytes) -> int:
-    return int(struct.unpack_from("<Q", data)[0])
-
-
-def resealed(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
-    """Change tensors and write the file anew with the old manifest: damage that a seal tells."""
+def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    """Change tensors and seal the file anew, as a careless or a hostile maker would."""
 
     def changed(data: bytes) -> bytes:
-        tensors = load(data)
-        change(tensors)
-        header = json.loads(data[8 : 8 + header_length(data)])
-        return save(tensors, header["__metadata__"])
+        file = sealed.unpack(data)
+        change(file.tensors)
+        body = {k: v for k, v in json.loads(file.text).items() if k != "seal"}
+        return sealed.pack(json.dumps(body), file.tensors)
 
     return changed
 
@@ -123,34 +119,35 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "code"),
     [
-        lambda data: b"",
-        lambda data: b"no safetensors",
-        lambda data: data[:7],
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:-1],
-        lambda data: data + b"\0",
-        lambda data: flipped(data, 3),
-        lambda data: flipped(data, 60),
-        lambda data: flipped(data, 400),
-        lambda data: flipped(data, len(data) // 2),
-        lambda data: flipped(data, len(data) - 1),
-        lambda data: save({"x": torch.zeros(2)}),
-        resealed(lambda t: t.pop("class_text_features")),
-        resealed(lambda t: t.update(extra=torch.zeros(1))),
-        resealed(lambda t: t.update(class_text_features=torch.zeros(2, 2))),
-        resealed(lambda t: t.update(class_text_features=torch.full((3, 24), torch.nan))),
+        (lambda data: b"", "not_safetensors"),
+        (lambda data: b"no safetensors", "not_safetensors"),
+        (lambda data: data[:7], "not_safetensors"),
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: data + b"\0", "damaged"),
+        (lambda data: flipped(data, 3), "not_safetensors"),
+        (lambda data: flipped(data, 60), "damaged"),
+        (lambda data: flipped(data, 400), "damaged"),
+        (lambda data: flipped(data, len(data) // 2), "damaged"),
+        (lambda data: flipped(data, len(data) - 1), "damaged"),
+        (lambda data: save({"x": torch.zeros(2)}), "not_a_bundle"),
+        (resealed(lambda t: t.pop("class_text_features")), "bundle_invalid"),
+        (resealed(lambda t: t.update(extra=torch.zeros(1))), "bundle_invalid"),
+        (resealed(lambda t: t.update(class_text_features=torch.zeros(2, 2))), "bundle_invalid"),
+        (resealed(lambda t: t["class_text_features"].fill_(torch.nan)), "bundle_invalid"),
+        (resealed(lambda t: t["vision.0.experts.up"].fill_(torch.inf)), "bundle_invalid"),
     ],
 )
 def test_a_damaged_bundle_is_refused_with_what_is_wrong(
-    http: httpx.Client, make: MakeBundle, spoil: Callable[[bytes], bytes]
+    http: httpx.Client, make: MakeBundle, spoil: Callable[[bytes], bytes], code: str
 ) -> None:
     before = http.get("/v1/tasks").json()
 
     response = put(http, spoil(make(task="spoilt")[1]), "spoilt")
 
-    assert response.status_code == 422, response.text
+    assert (response.status_code, response.json()["code"]) == (422, code)
     assert response.json()["problems"]
     assert http.get("/v1/tasks").json() == before
     assert http.get("/readyz").status_code == 200
