@@ -14,7 +14,7 @@ from tests.trainer.tiny import NoLargeFiles, pictures
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.export import Label
 from trainer.run import Outcome, learn
-from trainer.settings import TrainSettings
+from trainer.settings import PRESETS, TrainSettings
 from trainer.training import FrozenExperts, Learner, learning_rate
 from trainer.trunk import ImageTrunk, image_entrance, pixels_of
 
@@ -221,3 +221,9 @@ def test_a_first_expert_block_beyond_the_tower_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="only the blocks 0 to 2"):
         run(backbone, tmp_path, replace(SETTINGS, first_expert_block=3))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_is_a_set_of_settings(name: str) -> None:
+    settings = TrainSettings(**PRESETS[name])
+    assert PRESETS[name].items() <= settings.as_dict().items()
