@@ -112,4 +112,4 @@ def test_serve_says_where_it_answers_and_stops_when_told(tmp_path: Path) -> None
         url = line.removeprefix("Medley answers at ").strip()
         assert "generation 0" in medley("task", "list", "--url", url).stdout
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == -signal.SIGTERM
+        assert process.wait(30) == 0

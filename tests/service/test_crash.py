@@ -98,8 +98,7 @@ def test_a_killed_server_comes_back_and_a_stopped_one_answers_what_it_holds(
             "/v1/classify", content=half_then_terminate(), headers={"content-type": "image/png"}
         )
         assert held.json()["results"] == before
-        # uvicorn shuts down in order and then ends by the signal that it was sent.
-        assert second.process.wait(30) == -signal.SIGTERM
+        assert second.process.wait(30) == 0
     assert not (tmp_path / "registry.sqlite-wal").exists()  # closed, not abandoned
 
 
