@@ -27,6 +27,7 @@ class PretrainConfig:
         image_batch: images in one step.
         image_samples: images seen with the teacher's names, at constant learning rate.
         joint_samples: images seen after that with the shipped tower's names, while it decays.
+        joint_cosine: weight of the cosine between image and name there, against the softmax.
         image_lr: its peak learning rate.
         nearest_names: names that share one image's soft label.
         label_temperature: of the softmax over cosines that makes the soft label.
@@ -48,6 +49,7 @@ class PretrainConfig:
     image_batch: int = 64
     image_samples: int = 160_000
     joint_samples: int = 216_000
+    joint_cosine: float = 5.0
     image_lr: float = 1e-3
     nearest_names: int = 8
     label_temperature: float = 0.05

@@ -53,6 +53,7 @@ class ImageLearner:
         rows: NDArray[np.int64],
         names_NE: Tensor,
         soft_labels: SoftLabels,
+        cosine_weight: float,
         batch: int,
         seed: int,
     ) -> None:
@@ -68,6 +69,7 @@ class ImageLearner:
         self._labels = labels
         self._classes = names_NE.T.contiguous()
         self._soft_labels = soft_labels
+        self._cosine_weight = cosine_weight
         self._batch = batch
         self._seed = seed
         self._epoch = (-1, np.empty(0, np.int64))
@@ -80,11 +82,17 @@ class ImageLearner:
         image_BE = F.normalize(self._tower(self._cache.stacked(rows)), dim=-1)
         logits_BN = self._scale.exp() * image_BE @ self._classes
         loss = self._soft_labels.loss(logits_BN, labels_B)
-        update(self._optimizer, loss, learning_rate)
+        cosine = (image_BE * self._classes.T[labels_B]).sum(1).mean()
+        update(self._optimizer, loss - self._cosine_weight * cosine, learning_rate)
         with torch.no_grad():
             self._scale.clamp_(_LEAST_SCALE, _MOST_SCALE)
         top1 = (logits_BN.argmax(1) == labels_B).float().mean()
-        return {"loss": loss.item(), "top1": top1.item(), "scale": self._scale.exp().item()}
+        return {
+            "loss": loss.item(),
+            "cosine": cosine.item(),
+            "top1": top1.item(),
+            "scale": self._scale.exp().item(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Tower without trunk, scale, optimizer."""

@@ -222,7 +222,9 @@ class Pretraining:
             steps=self.joint_steps.stop,
         )
 
-    def image_learner(self, model: CLIP, names_NE: Tensor, kinds: set[str]) -> ImageLearner:
+    def image_learner(
+        self, model: CLIP, names_NE: Tensor, *, kinds: set[str], cosine_weight: float = 0.0
+    ) -> ImageLearner:
         """A learner of pictures of some kinds, whose classes are embeddings of all names."""
         cache = self.feature_cache()
         chance = np.random.default_rng(self.config.seed)
@@ -240,6 +242,7 @@ class Pretraining:
                 nearest=self.config.nearest_names,
                 temperature=self.config.label_temperature,
             ),
+            cosine_weight=cosine_weight,
             batch=self.config.image_batch,
             seed=self.config.seed,
         )
@@ -309,7 +312,7 @@ class Pretraining:
             return
         torch.manual_seed(self.config.seed)
         model = build_mini(patch_dropout=self.config.patch_dropout)
-        learner = self.image_learner(model, self.teacher_names, _ALL_KINDS)
+        learner = self.image_learner(model, self.teacher_names, kinds=_ALL_KINDS)
         self._learn("image", learner, self.image_schedule(), self.image_file, self.image_steps)
 
     def distil_text(self) -> None:
@@ -341,7 +344,8 @@ class Pretraining:
         """Go on with the image tower, now against what the shipped text tower makes of the names.
 
         The learning rate falls to zero here, and interface symbols are left out: the tower settles
-        on things, and on the features that it will really be compared with.
+        on things, and on the features that it will really be compared with. A cosine term draws an
+        image to its name wherever that lies, which a softmax over known names need not do.
         """
         steps = self.joint_steps
         if finished(self.joint_file, steps):
@@ -350,7 +354,9 @@ class Pretraining:
         TextLearner.restore(model, load_state(self.text_file)["learner"])
         read = shipped_reader(model, mini_tokenizer())
         names_NE = class_features(read, self.corpus.names, _JOINT_PROMPTS)
-        learner = self.image_learner(model, names_NE, _THINGS)
+        learner = self.image_learner(
+            model, names_NE, kinds=_THINGS, cosine_weight=self.config.joint_cosine
+        )
         learner.load_state_dict(load_state(self.image_file)["learner"])
         self._learn("joint", learner, self.image_schedule(), self.joint_file, steps)
 

@@ -41,6 +41,7 @@ def image_learner(tmp_path: Path) -> Callable[[], ImageLearner]:
             rows=np.arange(12),
             names_NE=names(),
             soft_labels=SoftLabels(names(), nearest=3, temperature=0.05),
+            cosine_weight=1.0,
             batch=BATCH,
             seed=0,
         )
