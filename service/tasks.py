@@ -86,7 +86,7 @@ class Tasks:
     async def register(
         self, task: str, version: str, chunks: AsyncIterator[bytes], *, activate: bool
     ) -> Registered:
-        """Take a bundle in; the same bundle again changes nothing.
+        """Take a bundle in; a version that is there with the same digest is not loaded again.
 
         Raises:
             BundleError, CapacityError: it does not fit; nothing has changed.
