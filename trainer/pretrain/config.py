@@ -48,7 +48,7 @@ class PretrainConfig:
     patch_dropout: float = 0.5
     image_batch: int = 64
     image_samples: int = 160_000
-    joint_samples: int = 216_000
+    joint_samples: int = 192_000
     joint_cosine: float = 5.0
     image_lr: float = 1e-3
     nearest_names: int = 8

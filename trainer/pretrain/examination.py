@@ -95,19 +95,37 @@ def examine(
     seen = {item.name for item in corpus.items if item.kind == "colour"}
     results = []
     for text, read in readers.items():
+        held_out_CE = class_features(read, corpus.held_out)
         for vendor, sheet in sheets.items():
             names = sorted(set(sheet.names))
+            names_CE = class_features(read, names)
             held_out = sheet.only(lambda name: name in corpus.held_out)
-            for test, part, choice in (
-                (f"{vendor}, all names", sheet, names),
-                (f"{vendor}, names seen in training", sheet.only(seen.__contains__), names),
-                (f"{vendor}, held-out concepts over all names", held_out, names),
-                (f"{vendor}, held-out concepts", held_out, corpus.held_out),
+            for test, part, classes_CE, choice in (
+                ("all names", sheet, names_CE, names),
+                ("names seen in training", sheet.only(seen.__contains__), names_CE, names),
+                ("held-out concepts over all names", held_out, names_CE, names),
+                ("held-out concepts", held_out, held_out_CE, corpus.held_out),
             ):
-                results.append(ask(test, text, part, class_features(read, choice), choice))
-        classes_CE = class_features(read, corpus.held_out)
+                results.append(ask(f"{vendor}, {test}", text, part, classes_CE, choice))
         test = "held-out concepts, known vendors"
-        results.append(ask(test, text, known_vendors, classes_CE, corpus.held_out))
+        results.append(ask(test, text, known_vendors, held_out_CE, corpus.held_out))
+    return results
+
+
+def examine_suite(
+    model: CLIP, readers: dict[str, Reader], tasks: Iterable[ImageSet]
+) -> list[Result]:
+    """Zero-shot on test images of the small suite, with each task's own prompts."""
+    results = []
+    transform = image_transform_v2(MINI_PREPROCESS, is_train=False)
+    for task in tasks:
+        rows = np.linspace(0, len(task) - 1, min(len(task), _SUITE_IMAGES)).astype(int).tolist()
+        pixels = torch.stack([transform(task.image(row)) for row in rows])
+        names = list(task.class_names)
+        sheet = Sheet(_features(model, pixels), [names[task.labels[row]] for row in rows])
+        for text, read in readers.items():
+            classes_CE = class_features(read, names, task.templates)
+            results.append(ask(f"suite: {task.name}", text, sheet, classes_CE, names))
     return results
 
 
@@ -133,23 +151,6 @@ def ask(test: str, text: str, sheet: Sheet, classes_CE: Tensor, names: list[str]
     better_N = (cosines_NC > own_N1).sum(1)
     top1, top5 = ((better_N < k).float().mean().item() * 100 for k in (1, 5))
     return Result(test, text, len(right_N), len(names), round(top1, 1), round(top5, 1))
-
-
-def examine_suite(
-    model: CLIP, readers: dict[str, Reader], tasks: Iterable[ImageSet]
-) -> list[Result]:
-    """Zero-shot on test images of the small suite, with each task's own prompts."""
-    results = []
-    transform = image_transform_v2(MINI_PREPROCESS, is_train=False)
-    for task in tasks:
-        rows = np.linspace(0, len(task) - 1, min(len(task), _SUITE_IMAGES)).astype(int).tolist()
-        pixels = torch.stack([transform(task.image(row)) for row in rows])
-        names = list(task.class_names)
-        sheet = Sheet(_features(model, pixels), [names[task.labels[row]] for row in rows])
-        for text, read in readers.items():
-            classes_CE = class_features(read, names, task.templates)
-            results.append(ask(f"suite: {task.name}", text, sheet, classes_CE, names))
-    return results
 
 
 def class_features(
