@@ -106,7 +106,7 @@ def run(backbone: Backbone, cache_folder: Path, seeds: Sequence[int] = SEEDS) ->
     taps, canary = all_taps(model, cache_folder)
     bench = _Bench(taps, canary, seeds)
     singles, several = feature_sets(len(backbone.image.blocks))
-    compared = dict.fromkeys([DEFAULT_FEATURES, ("stem:mean_std",), *several[:2]])
+    compared = dict.fromkeys([DEFAULT_FEATURES, DEFAULT_FEATURES[-1:], several[4]])
     return Experiment(
         fingerprint=backbone.fingerprint,
         images={task: x.counts for task, x in taps.items()},
@@ -115,7 +115,7 @@ def run(backbone: Backbone, cache_folder: Path, seeds: Sequence[int] = SEEDS) ->
         features=[bench.row(f) for f in track([*singles, *several], "features")],
         code_sizes=[
             bench.row(f, code_size=c)
-            for f in track(dict.fromkeys([DEFAULT_FEATURES, ("stem:mean_std",)]), "code sizes")
+            for f in track(dict.fromkeys([DEFAULT_FEATURES, DEFAULT_FEATURES[-1:]]), "code sizes")
             for c in CODE_SIZES
         ],
         rules=[bench.row(f, rule=r) for f in compared for r in RULES],

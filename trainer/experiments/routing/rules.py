@@ -20,6 +20,8 @@ from trainer.suite import TASKS
 
 __all__ = ["RULES", "LevelErrors", "Outcome", "Scored", "count", "feature_units", "measure"]
 
+_MIXED = TASKS.index("clipart")
+
 
 @dataclass(frozen=True)
 class LevelErrors:
@@ -47,6 +49,7 @@ class Outcome:
         false_reject: are refused by their own task.
         accepted_ST: are accepted by task T; the last row is the canary's.
         false_accept: are accepted by some other task when their own is absent.
+        narrow_false_accept: the same with clipart absent too, the one task of mixed pictures.
         auroc: how well the best score tells images of the tasks that are there from this task's,
             its own being absent.
         canary: pictures of no task that some task accepts; one number.
@@ -56,6 +59,7 @@ class Outcome:
     false_reject: list[float]
     accepted_ST: list[list[float]]
     false_accept: list[float]
+    narrow_false_accept: list[float]
     auroc: list[float]
     canary: list[float]
 
@@ -176,6 +180,9 @@ def count(
         false_reject=[_share(~accepted_SBT[task][:, task]) for task in own],
         accepted_ST=[accepted_BT.double().mean(0).tolist() for accepted_BT in accepted_SBT],
         false_accept=[_share(_without(accepted_SBT[task], task).any(1)) for task in own],
+        narrow_false_accept=[
+            _share(_without(accepted_SBT[task], task, _MIXED).any(1)) for task in own
+        ],
         auroc=[_auroc(scores_SBT, task) for task in own],
         canary=[_share(accepted_SBT[-1].any(1))],
     )
@@ -190,8 +197,8 @@ def _share(hits_B: Tensor) -> float:
     return float(hits_B.double().mean())
 
 
-def _without(table_BT: Tensor, task: int) -> Tensor:
-    return torch.cat([table_BT[:, :task], table_BT[:, task + 1 :]], 1)
+def _without(table_BT: Tensor, *tasks: int) -> Tensor:
+    return table_BT[:, [column for column in range(table_BT.shape[1]) if column not in tasks]]
 
 
 def _auroc(test_SBT: Sequence[Tensor], absent: int) -> float:
