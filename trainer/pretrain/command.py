@@ -35,10 +35,12 @@ def pretrain_command(
     from trainer.pretrain.config import PretrainConfig
     from trainer.pretrain.progress import Progress
     from trainer.pretrain.stages import Pretraining
+    from trainer.pretrain.workplace import Workplace
 
     torch.set_num_threads(threads)
-    pretraining = Pretraining(PretrainConfig(), cache, Progress(), workers)
-    chosen = ["evaluate"] if evaluate_only else stage or []
+    place = Workplace(PretrainConfig(), cache)
+    pretraining = Pretraining(place, Progress(), workers=workers)
+    chosen = ["fetch", "render", "embed", "evaluate"] if evaluate_only else stage or []
     unknown = set(chosen) - set(pretraining.stage_names)
     if unknown:
         raise DataError(f"no stage is called {', '.join(sorted(unknown))}; there are {_STAGES}")

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from medley.errors import DataError
 from medley.mini import load_mini, mini_tokenizer
 from trainer import sources
 from trainer.pretrain.config import PretrainConfig
 from trainer.pretrain.examination import examine, shipped_reader
 from trainer.pretrain.progress import Progress
 from trainer.pretrain.stages import Pretraining
+from trainer.pretrain.workplace import Workplace
 
 pytest.importorskip("resvg_py", reason="the renderer comes with the trainer extra")
 
@@ -117,10 +119,9 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recipe(cache: Path, config: PretrainConfig = TINY) -> Pretraining:
-    return Pretraining(
-        config, cache, Progress(), workers=1, weights=cache / "out" / "mini.safetensors"
-    )
+def run(place: Workplace, *stages: str) -> None:
+    weights = place.cache / "out" / "mini.safetensors"
+    Pretraining(place, Progress(), workers=1, weights=weights).run(*stages)
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
@@ -129,19 +130,21 @@ def snapshot(folder: Path) -> dict[Path, int]:
 
 @pytest.mark.slow
 def test_the_recipe_runs_to_the_end_and_only_once(cache: Path) -> None:
-    first = recipe(cache)
-    stages = [name for name in first.stage_names if name != "evaluate"]  # it fetches the suite
-    first.run(*stages)
-    assert first.corpus.held_out == ["cat", "hammer"]
-    assert first.corpus.names == ["guitar", "red hat"]
-    finished = snapshot(first.work)
+    place = Workplace(TINY, cache)
+    run(place, "fetch", "render", "embed", "cache", "image", "text")
+    with pytest.raises(DataError, match="nothing to export"):
+        run(place, "export")
+    run(place, "joint", "export")  # not "evaluate": it fetches the suite
+    assert place.corpus.held_out == ["cat", "hammer"]
+    assert place.corpus.names == ["guitar", "red hat"]
+    finished = snapshot(cache / "pretrain")
 
-    again = recipe(cache)
-    again.run("render", "embed", "cache", "image", "text", "joint")
-    kept = {path for path, time in snapshot(again.work).items() if finished[path] == time}
-    assert kept == {path for path in finished if path.name != "stem.pt"}
+    again = Workplace(TINY, cache)
+    run(again, "render", "embed", "cache", "image", "text", "joint")
+    kept = {path for path, time in snapshot(cache / "pretrain").items() if finished[path] == time}
+    assert kept == finished.keys() - {place.stem}
 
-    model = load_mini(first.weights)
+    model = load_mini(cache / "out" / "mini.safetensors")
     results = examine(
         model,
         {"shipped": shipped_reader(model, mini_tokenizer())},
@@ -154,17 +157,17 @@ def test_the_recipe_runs_to_the_end_and_only_once(cache: Path) -> None:
 
 
 def test_another_recipe_starts_afresh_and_a_longer_one_goes_on(tmp_path: Path) -> None:
-    first, longer = recipe(tmp_path), recipe(tmp_path, replace(TINY, image_samples=32))
-    assert longer.image_file == first.image_file
-    assert longer.joint_file != first.joint_file
-    other = recipe(tmp_path, replace(TINY, image_lr=0.1))
-    assert other.image_file != first.image_file
+    first = Workplace(TINY, tmp_path)
+    longer = Workplace(replace(TINY, image_samples=32), tmp_path)
+    assert longer.image == first.image
+    assert longer.joint != first.joint
+    other = Workplace(replace(TINY, image_lr=0.1), tmp_path)
+    assert other.image != first.image
     assert other.features == first.features
-    assert recipe(tmp_path, replace(TINY, seed=1)).features != first.features
+    assert Workplace(replace(TINY, seed=1), tmp_path).features != first.features
 
 
 def test_joint_stage_goes_on_where_the_image_stage_ends(tmp_path: Path) -> None:
-    steps = recipe(tmp_path)
-    assert steps.joint_steps.start == steps.image_steps.stop
-    schedule = steps.image_schedule()
-    assert schedule(steps.joint_steps.stop) == 0.0
+    place = Workplace(TINY, tmp_path)
+    assert place.joint_steps.start == place.image_steps.stop
+    assert len(place.joint_steps) == 2
