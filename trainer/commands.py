@@ -100,7 +100,7 @@ def train(
     top_k: Annotated[int | None, typer.Option(help="Experts an image uses.")] = None,
     bottleneck: Annotated[int | None, typer.Option(help="Hidden units of an expert.")] = None,
     first_expert_block: Annotated[
-        int | None, typer.Option(help="First image block with experts; default: the middle.")
+        int | None, typer.Option(help="First image block with experts; default: the last quarter.")
     ] = None,
     first_text_block: Annotated[
         int | None, typer.Option(help="First text block with experts.")

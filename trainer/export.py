@@ -41,7 +41,7 @@ from trainer.ddas import DEFAULT_FEATURES, false_reject_rate, fit_selector
 from trainer.experts import BlockMixture, TowerMixture
 from trainer.settings import TrainSettings
 from trainer.training import FrozenExperts, Learner
-from trainer.trunk import image_entrance, pixels_of
+from trainer.trunk import CHUNK, ImageTrunk, pixels_of
 
 __all__ = ["Label", "Usage", "capacity_for", "export", "frozen_experts", "keep", "measure_usage"]
 
@@ -84,9 +84,7 @@ def frozen_experts(
     )
 
 
-def measure_usage(
-    learner: Learner, backbone: Backbone, images: ImageSet, settings: TrainSettings
-) -> Usage:
+def measure_usage(learner: Learner, trunk: ImageTrunk, settings: TrainSettings) -> Usage:
     """Measure each expert's share of the gates over training images and prompts, without noise."""
     usage: Usage = {"vision": {}, "text": {}}
 
@@ -97,12 +95,11 @@ def measure_usage(
 
         return observe
 
-    first = settings.first_image_block(backbone)
-    chosen = np.random.default_rng(settings.seed).permutation(len(images))[:USAGE_IMAGES]
+    order = np.random.default_rng(settings.seed).permutation(len(trunk.images))[:USAGE_IMAGES]
     learner.eval()
     with torch.no_grad():
-        for pixels_BCHW in _pixel_batches(backbone, images.subset(np.sort(chosen))):
-            entrance = image_entrance(backbone, pixels_BCHW, first)
+        for start in range(0, len(order), CHUNK):
+            entrance = trunk.batch(order[start : start + CHUNK], 0)
             learner.image_features(entrance, observe=watch("vision", learner.vision))
         if learner.text is not None:
             learner.text_features(observe=watch("text", learner.text))

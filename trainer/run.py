@@ -66,7 +66,7 @@ def learn(
     frozen = frozen_experts(after, backbone, settings)
     train_part, held_out = _parts(images, settings)
     data_digest = images.digest
-    learner, history = train(
+    trained = train(
         backbone,
         train_part,
         held_out,
@@ -79,10 +79,10 @@ def learn(
         watcher=watcher,
     )
     trained_s = time.monotonic()
-    usage = measure_usage(learner, backbone, train_part, settings)
+    usage = measure_usage(trained.learner, trained.trunk, settings)
     path = folder / f"{name}.safetensors"
     bundle = export(
-        keep(learner, frozen, usage, settings),
+        keep(trained.learner, frozen, usage, settings),
         backbone,
         train_part,
         held_out,
@@ -92,11 +92,11 @@ def learn(
         data_digest=data_digest,
         path=path,
     )
-    report = _report(bundle, path, images, history, usage) | {
+    report = _report(bundle, path, images, trained.history, usage) | {
         "training_s": round(trained_s - started_s, 1),
         "export_s": round(time.monotonic() - trained_s, 1),
     }
-    _write_reports(details, report, history, usage)
+    _write_reports(details, report, trained.history, usage)
     return Outcome(bundle, path, report)
 
 

@@ -27,7 +27,7 @@ class TrainSettings:
     method: Literal["moe_adapter"] = "moe_adapter"
     iterations: int = 300
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 5e-3
     warmup: float = 0.1  # share of the iterations
     label_smoothing: float = 0.2
     num_experts: int = 4  # new ones, in each block of each tower
@@ -35,7 +35,7 @@ class TrainSettings:
     bottleneck: int = 32
     scale: float = 0.1
     dropout: float = 0.1
-    first_expert_block: int | None = None  # None: the middle of the image tower
+    first_expert_block: int | None = None  # None: the last quarter of the image tower
     first_text_block: int = 0
     balance: float = 0.0  # weight of the balance loss
     augmented_copies: int = 3  # random crops of each image; 0: the evaluation crop
@@ -74,7 +74,7 @@ class TrainSettings:
             DataError: the tower is not that deep.
         """
         blocks = len(backbone.image.blocks)
-        first = blocks // 2 if self.first_expert_block is None else self.first_expert_block
+        first = blocks * 3 // 4 if self.first_expert_block is None else self.first_expert_block
         return _within("first_expert_block", first, blocks, backbone.name)
 
     def text_blocks(self, backbone: Backbone) -> range:

@@ -36,7 +36,7 @@ from trainer.experts import ExpertConfig, TowerMixture
 from trainer.settings import TrainSettings
 from trainer.trunk import Entrance, ImageTrunk, entrance_bytes, prompt_entrance
 
-__all__ = ["FrozenExperts", "History", "Learner", "Watcher", "learning_rate", "train"]
+__all__ = ["FrozenExperts", "History", "Learner", "Trained", "Watcher", "learning_rate", "train"]
 
 CACHE_BYTES = 3 * 2**30  # of trunk outputs, in memory
 CURVE_POINTS = 10  # how often held-out images are looked at in a run
@@ -138,6 +138,15 @@ class Learner(nn.Module):
         return F.normalize(tower.pool(x_NLD, self._tokens_NL).float(), dim=-1), balance
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a run of the loop leaves."""
+
+    learner: Learner
+    history: History
+    trunk: ImageTrunk  # of the training images, as far as it was filled
+
+
 def train(
     backbone: Backbone,
     images: ImageSet,
@@ -150,7 +159,7 @@ def train(
     resume: bool,
     checkpoint_every_s: float,
     watcher: Watcher,
-) -> tuple[Learner, History]:
+) -> Trained:
     """Train one task's experts.
 
     Args:
@@ -208,7 +217,7 @@ def train(
             written_s = time.monotonic()
         watcher.on_step(step + 1, history.losses[-1], accuracy)
     _save(checkpoint, identity, learner, optimiser, history)
-    return learner.eval(), history
+    return Trained(learner.eval(), history, trunk)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -20,7 +20,7 @@ from trainer.export import Usage, frozen_experts, keep, measure_usage
 from trainer.run import learn
 from trainer.settings import TrainSettings
 from trainer.training import FrozenExperts, Learner
-from trainer.trunk import image_entrance, pixels_of
+from trainer.trunk import ImageTrunk, image_entrance, pixels_of
 
 Learnt = tuple[list[Bundle], list[ImageSet], bytes]
 COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
@@ -135,10 +135,14 @@ def random_learner(backbone: Backbone, settings: TrainSettings) -> Learner:
     return learner
 
 
+def trunk_of(backbone: Backbone, images: ImageSet) -> ImageTrunk:
+    return ImageTrunk(backbone, images, 1, augment=False, copies=0, seed=0)
+
+
 def test_the_routed_model_computes_what_was_trained(backbone: Backbone) -> None:
     settings = replace(SETTINGS, freeze_mass=1.0)
     learner, images = random_learner(backbone, settings), pictures(COLOURS[:2], 8)
-    usage = measure_usage(learner, backbone, images, settings)
+    usage = measure_usage(learner, trunk_of(backbone, images), settings)
     experts = keep(learner, FrozenExperts(), usage, settings)
     model = RoutedModel(backbone, first_expert_block=1, capacity=CAPACITY)
     path = model.load(experts)
@@ -153,9 +157,8 @@ def test_the_routed_model_computes_what_was_trained(backbone: Backbone) -> None:
 
 
 def test_usage_is_a_share_of_the_gates(backbone: Backbone) -> None:
-    usage = measure_usage(
-        random_learner(backbone, SETTINGS), backbone, pictures(["red"], 9), SETTINGS
-    )
+    trunk = trunk_of(backbone, pictures(["red"], 9))
+    usage = measure_usage(random_learner(backbone, SETTINGS), trunk, SETTINGS)
     assert usage["vision"].keys() == {1, 2}
     assert usage["text"].keys() == {0, 1}
     for shares in (*usage["vision"].values(), *usage["text"].values()):
