@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from medley.backbone import load_backbone
-from trainer.experiments.routing.bench import run
 from trainer.experiments.routing.report import write_report
+from trainer.experiments.routing.tables import run
 from trainer.sources import DEFAULT_CACHE
 
 

@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.ddas import DEFAULT_ALPHA, DEFAULT_CODE_SIZE, DEFAULT_FEATURES
-from trainer.experiments.routing.bench import Experiment, Row
+from trainer.experiments.routing.bench import Row
 from trainer.experiments.routing.features import CANARY
+from trainer.experiments.routing.tables import Experiment
 from trainer.suite import TASKS
 
 __all__ = ["write_report"]
@@ -46,13 +47,13 @@ def write_report(experiment: Experiment, folder: Path) -> list[Path]:
 
 def _page(experiment: Experiment) -> str:
     images = ", ".join(f"{t} {a}/{b}/{c}" for t, (a, b, c) in experiment.images.items())
-    ms = ", ".join(f"{name} {value} ms" for name, value in experiment.milliseconds.items())
+    ms = ", ".join(f"{name} {value} ms" for name, value in experiment.about.milliseconds.items())
     default = f"{_features(DEFAULT_FEATURES)}, code {DEFAULT_CODE_SIZE}, alpha {DEFAULT_ALPHA}"
     parts = [
         "# Which frozen features should DDAS look at?",
         f"Command: `python -m trainer.experiments.routing` (one thread, {platform.machine()} CPU, "
         f"torch {torch.__version__}).\n"
-        f"Backbone: {experiment.fingerprint}, the small suite's nine tasks, "
+        f"Backbone: {experiment.about.fingerprint}, the small suite's nine tasks, "
         f"{len(experiment.shipped.outcomes)} seeds "
         "(each draws other images to fit and to calibrate and initialises the autoencoders anew; "
         "test images are the same).\n"
@@ -138,7 +139,7 @@ def _accepted(row: Row) -> str:
 
 
 def _label_list(experiment: Experiment) -> str:
-    pairs = experiment.shared_class_names
+    pairs = experiment.about.shared_class_names
     shared = "; ".join(f"{a} and {b}" for a, b in pairs) if pairs else "no two of the nine tasks"
     kept = _percent(1 - experiment.shipped.mean("false_reject"))
     return (
@@ -170,12 +171,12 @@ def _picture(experiment: Experiment) -> Figure:
         tick.set(horizontalalignment="right", rotation_mode="anchor")
     bars.set(ylabel="% of images", ylim=(0, 112), title=f"Features, alpha {DEFAULT_ALPHA}")
     bars.legend(loc="upper center", ncols=4, frameon=False)
-    for place, (task, (own, others, canary, threshold)) in enumerate(experiment.histograms.items()):
+    for place, (task, scores) in enumerate(experiment.histograms.items()):
         axes = figure.add_subplot(grid[1, place])
-        _density(axes, own, f"{task}, test", "tab:blue")
-        _density(axes, others, "other tasks", "tab:red")
-        _density(axes, canary, CANARY, "tab:orange")
-        axes.axvline(threshold, color="black", linestyle="--", label="threshold")
+        _density(axes, scores.own, f"{task}, test", "tab:blue")
+        _density(axes, scores.others, "other tasks", "tab:red")
+        _density(axes, scores.canary, CANARY, "tab:orange")
+        axes.axvline(scores.threshold, color="black", linestyle="--", label="threshold")
         axes.set(xlabel=f"score under {task}", title=_features(DEFAULT_FEATURES))
         axes.legend(fontsize=8)
     return figure
