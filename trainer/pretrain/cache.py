@@ -109,7 +109,7 @@ def make_shard(
 ) -> int:
     """One shard, in a process of its own; loading the trunk again costs 2 % of it."""
     torch.set_num_threads(1)
-    stem = Stem().to(memory_format=torch.channels_last)
+    stem = Stem()
     stem.load_state_dict(load_state(stem_state))
     sets = {name: load_set(name, icons) for name in sorted({item.set_name for item in items})}
     draw = Chance(*chance)
@@ -168,6 +168,5 @@ def normalise(images_B3SS: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _features(stem: Stem, images_B3SS: Tensor) -> NDArray[np.float16]:
-    pixels = normalise(images_B3SS).contiguous(memory_format=torch.channels_last)
-    values: NDArray[np.float16] = pack(*stem.levels(pixels)).half().numpy()
+    values: NDArray[np.float16] = pack(*stem.levels(normalise(images_B3SS))).half().numpy()
     return values
