@@ -32,4 +32,9 @@ def export(model: CLIP, path: Path, *, recipe: str) -> None:
     if size_bytes > MOST_BYTES:
         raise DataError(f"{size_bytes} bytes of weights, at most {MOST_BYTES}", code="weights")
     metadata = {"format": "pt", "model": "medley-mini", "recipe": recipe}
-    write_whole(path, lambda scratch: save_file(tensors, scratch, metadata=metadata))
+
+    def write(scratch: Path) -> None:
+        save_file(tensors, scratch, metadata=metadata)
+        scratch.chmod(0o644)  # safetensors lets only the owner read
+
+    write_whole(path, write)

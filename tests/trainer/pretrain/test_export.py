@@ -15,6 +15,7 @@ def test_exported_weights_load_as_the_rounded_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_mini()
     export(model, tmp_path / "mini.safetensors", recipe="abc")
+    assert (tmp_path / "mini.safetensors").stat().st_mode & 0o777 == 0o644
     loaded = load_mini(tmp_path / "mini.safetensors").state_dict()
     for name, tensor in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
