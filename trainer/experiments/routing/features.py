@@ -124,15 +124,15 @@ def feature_sets(blocks: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ..
     depths = ["stem", *(f"block{n}" for n in range(1, blocks + 1))]
     names = [f"{depth}:{pool}" for depth in depths for pool in ("mean", "mean_std")]
     singles: list[tuple[str, ...]] = [(n,) for n in (*names, f"block{blocks}:cls", "embedding")]
-    stem, half, last = "stem:mean", f"block{blocks // 2}:mean", f"block{blocks}:mean"
+    stem, first, half, last = (f"{depths[n]}:mean" for n in (0, 1, blocks // 2, blocks))
     several: list[tuple[str, ...]] = [
         (stem, half),
         (stem, last),
-        (stem, "embedding"),
+        (first, half),
+        (first, last),
+        (first, "embedding"),
         (half, last),
         (half, "embedding"),
         (stem, half, "embedding"),
-        (stem, half, last, "embedding"),
-        ("stem:mean_std", f"block{blocks // 2}:mean_std"),
     ]
     return singles, several

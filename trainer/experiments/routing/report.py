@@ -91,7 +91,9 @@ def _page(experiment: Experiment) -> str:
         _table(
             experiment.rules, "features, rule", lambda row: f"{_features(row.features)}, {row.rule}"
         ),
-        f"## False rejects against alpha ({_features(DEFAULT_FEATURES)})",
+        f"## Alpha ({_features(DEFAULT_FEATURES)})",
+        _table(experiment.alphas, "alpha", lambda row: str(row.alpha)),
+        "False rejects by task:",
         _alphas(experiment.alphas),
         f"## The default by task ({default}; through the shipped code)",
         _by_task(experiment.shipped),
