@@ -31,7 +31,7 @@ __all__ = [
     "fit_selector",
 ]
 
-DEFAULT_FEATURES = ("stem:mean", "block2:mean")
+DEFAULT_FEATURES = ("block1:mean",)
 DEFAULT_CODE_SIZE = 32
 DEFAULT_ALPHA = 0.02
 DEFAULT_ITERATIONS = 1000
