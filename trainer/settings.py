@@ -25,7 +25,7 @@ class TrainSettings:
     """
 
     method: Literal["moe_adapter"] = "moe_adapter"
-    iterations: int = 300
+    iterations: int = 600
     batch_size: int = 64
     lr: float = 5e-3
     warmup: float = 0.1  # share of the iterations
@@ -38,7 +38,7 @@ class TrainSettings:
     first_expert_block: int | None = None  # None: the last quarter of the image tower
     first_text_block: int = 0
     balance: float = 0.0  # weight of the balance loss
-    augmented_copies: int = 3  # random crops of each image; 0: the evaluation crop
+    augmented_copies: int = 0  # random crops of each image; 0: the evaluation crop
     freeze: Literal["mass", "count"] = "mass"
     freeze_mass: float = 0.99  # share of the gates that the kept experts must cover
     freeze_count: int = 2  # the paper's rule: so many of the most counted
@@ -101,6 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_experts": 22,
         "bottleneck": 64,
         "first_expert_block": 0,
+        "augmented_copies": 8,
         "freeze": "count",
     },
 }
