@@ -40,7 +40,7 @@ def write_report(experiment: Experiment, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers, picture = (folder / f"{NAME}.{end}" for end in ("md", "json", "png"))
     page.write_text(_page(experiment), encoding="utf-8")
-    numbers.write_text(json.dumps(_rounded(asdict(experiment)), indent=1), encoding="utf-8")
+    numbers.write_text(json.dumps(_rounded(asdict(experiment))) + "\n", encoding="utf-8")
     _picture(experiment).savefig(picture)
     return [page, numbers, picture]
 
