@@ -2,7 +2,7 @@
 
 It sees frozen features of the task's own training images and nothing else: no images of other
 tasks, no reference set. The selector itself is `medley/selector.py`. The defaults come from the
-experiment in `trainer/experiments/routing.py`; `docs/adr/0006-ddas-features.md` says why.
+experiment in `trainer/experiments/routing`; `docs/adr/0006-ddas-features.md` says why.
 
 Legend: N images, F feature width, C code width.
 """
