@@ -38,8 +38,8 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; an expected error ends it with one line and status 2."""
-    # torch's threads spin while they wait for each other, and starve whatever else runs: a server and
-    # a trainer on two cores are 9 times faster asleep (docs/adr/0011). It must be set before torch.
+    # torch's threads spin while they wait for each other and starve whatever else runs: a server
+    # beside a trainer was 9 times slower (docs/adr/0011). It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console(stderr=True)
     try:
