@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import click
 import pytest
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from medley.cli import build
@@ -24,9 +24,9 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.mark.parametrize(("page", "line"), SHOWN)
 def test_a_command_that_is_shown_exists_with_its_options(page: Path, line: str) -> None:
-    command: click.Command = get_command(build())
-    words = line.partition("#")[0].split()
-    while isinstance(command, click.Group):
+    command = get_command(build())
+    words = re.sub(r"[\[\]]", "", line.partition("#")[0]).split()
+    while isinstance(command, TyperGroup):
         assert words[0] in command.commands, f"{page}: no command {words[0]}"
         command = command.commands[words.pop(0)]
     known = {option for parameter in command.params for option in parameter.opts}
