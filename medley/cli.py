@@ -45,7 +45,9 @@ def main() -> None:
     try:
         build()()
     except MedleyError as error:
-        console.print(f"medley: {error}", style="bold red", markup=False, highlight=False)
+        console.print(
+            f"medley: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("medley: interrupted", style="bold red")
