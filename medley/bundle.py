@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch import Tensor
 from medley import sealed
 from medley.errors import BundleError
 from medley.experts import BlockExperts, TaskExperts
+from medley.files import write_whole
 from medley.manifest import FORMAT, Calibration, LevelSpec, Manifest, SelectorSpec, TowerExperts
 from medley.selector import Level, TaskSelector
 
@@ -171,7 +170,7 @@ def write_bundle(manifest: Manifest, tensors: Mapping[str, Tensor], path: Path) 
     data = sealed.pack(text, tensors)
     bundle = read_bundle(data)
     try:
-        _replace(path, data)
+        write_whole(path, data)
     except OSError as error:
         raise BundleError(
             [f"cannot write {path.name}: {error.strerror}"], code="not_written"
@@ -211,28 +210,6 @@ def _read(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         problem = f"cannot read {path.name}: {error.strerror}"
         raise BundleError([problem], code="unreadable") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, even if the machine stops in between."""
-    incoming = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with incoming.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        incoming.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        incoming.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the rename itself
-    finally:
-        os.close(handle)
 
 
 def _parse_manifest(text: str) -> tuple[Manifest | None, list[str]]:

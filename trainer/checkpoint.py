@@ -6,14 +6,13 @@ A checkpoint is for resuming; what a run produces is a bundle.
 from __future__ import annotations
 
 import io
-import os
-import secrets
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from medley import files
 from medley.errors import DataError
 
 __all__ = ["load_checkpoint", "make_folder", "save_checkpoint", "write_whole"]
@@ -55,17 +54,10 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         DataError: it cannot be written; nothing is left behind, an older file stays.
     """
-    incoming = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with incoming.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        incoming.replace(path)
+        files.write_whole(path, data)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}", code="not_written") from error
-    finally:
-        incoming.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
