@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from torch import Tensor
 
-from medley.backbone import Backbone, wrap
+from medley.backbone import Backbone, load_backbone, wrap
 from medley.errors import BackboneError, CapacityError
-from medley.mini import build_mini, mini_tokenizer
+from medley.mini import load_mini, mini_tokenizer
 from medley.pool import Capacity
 from medley.routed import ZERO_SHOT, RoutedModel
 from tests.models import random_experts, tiny_backbone
@@ -77,7 +77,7 @@ def test_zero_shot_equals_open_clip_bit_for_bit_at_full_depth(name: str) -> None
 
 
 def test_zero_shot_of_our_own_base_equals_open_clip_bit_for_bit() -> None:
-    model = build_mini()
+    model = load_mini()
     backbone = wrap(model, name="medley-mini", tokenizer=mini_tokenizer())
     assert_zero_shot_is_open_clip(model, backbone, backbone.image_size[0])
 
@@ -134,7 +134,7 @@ def test_an_image_does_not_depend_on_its_neighbours(seed: int, bucket: int) -> N
 
 @pytest.mark.parametrize("bucket", [1, 4, 8])
 def test_an_image_does_not_depend_on_its_place_and_neighbours_in_our_own_base(bucket: int) -> None:
-    backbone = wrap(build_mini(), name="medley-mini", tokenizer=mini_tokenizer())
+    backbone = load_backbone()
     model = RoutedModel(backbone, first_expert_block=2, capacity=Capacity(paths=2, slots=8))
     path = model.load(random_experts(backbone=backbone, first_expert_block=2))
     g = torch.Generator().manual_seed(bucket)
