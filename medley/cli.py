@@ -39,7 +39,7 @@ def build() -> typer.Typer:
 def main() -> None:
     """Run the command line; an expected error ends it with one line and status 2."""
     # torch's threads spin while they wait for each other and starve whatever else runs: a server
-    # beside a trainer was 9 times slower (docs/adr/0011). It must be set before torch is imported.
+    # beside a trainer stands nearly still (docs/adr/0011). It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console(stderr=True)
     try:
