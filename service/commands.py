@@ -127,6 +127,14 @@ def register(
 
 
 @task_commands.command()
+def activate(task: str, version: str, url: Url = DEFAULT_URL, key: Key = None) -> None:
+    """Make a registered version live."""
+    with _one_line_errors(), _client(url, key) as client:
+        answer = client.set_live(task, version)
+    out.print(f"{answer.task}: live is {answer.live}")
+
+
+@task_commands.command()
 def rollback(task: str, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Make the version live that was live before."""
     with _one_line_errors(), _client(url, key) as client:

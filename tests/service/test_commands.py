@@ -39,6 +39,8 @@ def test_a_task_is_registered_used_rolled_back_and_deleted(
     assert medley("task", "rollback", "typed", *url).stdout == "typed: live is 1\n"
     as_json = medley("classify", picture, "--model", "typed", "--top-k", "3", "--json", *url)
     assert json.loads(as_json.stdout)["path"]["version"] == "1"
+    assert medley("task", "activate", "typed", "2", *url).stdout == "typed: live is 2\n"
+    assert medley("task", "rollback", "typed", *url).stdout == "typed: live is 1\n"
     assert medley("task", "delete", "typed", "--version", "2", *url).exit_code == 0
     assert medley("task", "delete", "typed", *url).stdout == "typed is gone\n"
     assert "typed" not in medley("task", "list", *url).stdout
@@ -79,6 +81,7 @@ def test_a_bad_picture_is_one_row_and_a_failure(
         ("classify", __file__, "--label", "x", "--label", "x"),
         ("task", "register", __file__),
         ("task", "rollback", "nobody"),
+        ("task", "activate", "nobody", "1"),
         ("task", "delete", "nobody"),
         ("classify", __file__, "--model", "nobody"),
         ("serve", "--port", "70000"),
