@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "align",
     "few_shot",
+    "normalised",
     "open_dataset",
     "read_csv",
     "read_folder",
@@ -272,13 +273,18 @@ def align(image_set: ImageSet, class_names: Sequence[str]) -> ImageSet:
     Raises:
         DataError: the set has a class that is not in the list.
     """
-    index = {_normalised(name): label for label, name in enumerate(class_names)}
-    strangers = [name for name in image_set.class_names if _normalised(name) not in index]
+    index = {normalised(name): label for label, name in enumerate(class_names)}
+    strangers = [name for name in image_set.class_names if normalised(name) not in index]
     if strangers:
         raise DataError(f"{image_set.name}: unknown classes: {_shortened(strangers)}")
-    new = [index[_normalised(name)] for name in image_set.class_names]
+    new = [index[normalised(name)] for name in image_set.class_names]
     items = tuple((picture, new[label]) for picture, label in image_set.items)
     return replace(image_set, class_names=tuple(class_names), items=items)
+
+
+def normalised(class_name: str) -> str:
+    """A class name without case and punctuation: names equal in this form are one class."""
+    return " ".join(re.split(r"[\W_]+", class_name.casefold())).strip()
 
 
 def split(image_set: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -432,7 +438,7 @@ def _problem(picture: Picture) -> str | None:
 def _refuse_duplicates(name: str, class_names: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for class_name in class_names:
-        other = seen.setdefault(_normalised(class_name), class_name)
+        other = seen.setdefault(normalised(class_name), class_name)
         if other is not class_name:
             raise DataError(f"{name}: classes {other!r} and {class_name!r} are the same name")
 
@@ -444,10 +450,6 @@ def _check_templates(name: str, templates: Sequence[str]) -> None:
         rest = template.replace("{}", "", 1)
         if rest == template or "{" in rest or "}" in rest:
             raise DataError(f"{name}: template {template!r} must contain {{}} exactly once")
-
-
-def _normalised(class_name: str) -> str:
-    return " ".join(re.split(r"[\W_]+", class_name.casefold())).strip()
 
 
 def _shuffled_classes(image_set: ImageSet, seed: int) -> list[list[int]]:
