@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medley.routed import ZERO_SHOT, RoutedModel
+from medley.routed import ZERO_SHOT, Frozen, RoutedModel
 from medley.selector import SelectorBank
 
 __all__ = ["Ask", "Classifier", "Routed", "logits"]
@@ -60,9 +60,13 @@ class Classifier:
             pixels_BCHW: uint8, as `Backbone.pixels` makes them.
             asks: one for each image.
         """
+        starts = range(0, len(asks), self.bucket)
         parts = [
-            self._bucketful(pixels_BCHW[i : i + self.bucket], asks[i : i + self.bucket])
-            for i in range(0, len(asks), self.bucket)
+            self.follow(
+                self.frozen(pixels_BCHW[i : i + self.bucket], taps=self.selectors.taps),
+                asks[i : i + self.bucket],
+            )
+            for i in starts
         ]
         tasks = list(self.selectors.tasks)
         return Routed(
@@ -73,11 +77,24 @@ class Classifier:
             torch.cat([p.accepted_BT for p in parts]) if parts else torch.empty(0, len(tasks)),
         )
 
-    def _bucketful(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
-        count = len(asks)
+    @torch.inference_mode()
+    def frozen(
+        self, pixels_BCHW: Tensor, *, taps: Sequence[str] = (), features: bool = False
+    ) -> Frozen:
+        """Run at most a bucket of uint8 pixels through the frozen backbone; a bucket comes back."""
         images_BCHW = self.model.backbone.normalise(_padded(pixels_BCHW, self.bucket))
+        return self.model.frozen(images_BCHW, taps=taps, features=features)
+
+    @torch.inference_mode()
+    def follow(self, frozen: Frozen, asks: Sequence[Ask]) -> Routed:
+        """Go on from a bucket of `frozen`: decide the paths of its first images and encode them.
+
+        Args:
+            frozen: of a whole bucket, with at least the taps that the selectors look at.
+            asks: one for each image that is more than padding.
+        """
+        count = len(asks)
         asks = [*asks, *[Ask(ZERO_SHOT)] * (self.bucket - count)]
-        frozen = self.model.frozen(images_BCHW, taps=self.selectors.taps)
         scores_BT, accepted_BT = self.selectors.scores(frozen.taps, self.bucket)
         eligible_BT = self._eligible(asks, scores_BT)
         chosen_B = self.selectors.decide(scores_BT, accepted_BT, eligible_BT)
@@ -85,9 +102,9 @@ class Classifier:
             int(chosen) if ask.path is None else ask.path
             for ask, chosen in zip(asks, chosen_B.tolist(), strict=True)
         ]
-        paths_B = torch.tensor(paths, device=images_BCHW.device)
         features_BE = frozen.features_BE
         if features_BE is None or max(paths) > ZERO_SHOT:
+            paths_B = torch.tensor(paths, device=frozen.hidden_BLD.device)
             features_BE = self.model.finish(frozen.hidden_BLD, paths_B)
         return Routed(
             F.normalize(features_BE.float(), dim=-1)[:count],
