@@ -30,7 +30,8 @@ from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
 from trainer.datasets import ImageSet
 from trainer.export import BUCKET, capacity_for
-from trainer.trunk import CHUNK, pixels_of
+from trainer.pixels import pixels_of
+from trainer.trunk import CHUNK
 
 __all__ = ["Case", "Evaluation", "Score", "evaluate", "served"]
 

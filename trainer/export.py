@@ -9,7 +9,7 @@ Legend: N images, C classes, E experts, D width, F width of a tap.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +39,11 @@ from medley.selector import TaskSelector, conformal_threshold
 from trainer.datasets import ImageSet
 from trainer.ddas import DEFAULT_FEATURES, false_reject_rate, fit_selector
 from trainer.experts import BlockMixture, TowerMixture
+from trainer.frozen import frozen_buckets, frozen_taps
+from trainer.pixels import pixels_of
 from trainer.settings import TrainSettings
 from trainer.training import FrozenExperts, Learner
-from trainer.trunk import CHUNK, ImageTrunk, pixels_of
+from trainer.trunk import CHUNK, ImageTrunk
 
 __all__ = ["Label", "Usage", "capacity_for", "export", "frozen_experts", "keep", "measure_usage"]
 
@@ -170,7 +172,7 @@ def export(
     model = classifier.model
     route = model.load(experts)
     class_text_CE = class_text_features(model, train.class_names, train.templates, route)
-    selector, calibration = _calibrated(model, train, held_out, settings)
+    selector, calibration = _calibrated(classifier, train, held_out, settings)
     classifier.selectors.add(route, selector)
     sample = held_out or train
     self_test = record_self_test(
@@ -309,11 +311,11 @@ def _kept(mixture: BlockMixture, old: BlockExperts | None, chosen: list[int]) ->
 
 
 def _calibrated(
-    model: RoutedModel, train: ImageSet, held_out: ImageSet | None, settings: TrainSettings
+    classifier: Classifier, train: ImageSet, held_out: ImageSet | None, settings: TrainSettings
 ) -> tuple[TaskSelector, Calibration]:
-    features = _features(model.backbone)
-    fit = _taps(model, train, features)
-    calibration = None if held_out is None else _taps(model, held_out, features)
+    features = _features(classifier.model.backbone)
+    fit = frozen_taps(classifier, train, features)
+    calibration = None if held_out is None else frozen_taps(classifier, held_out, features)
     enough = held_out is not None and _can_promise(settings.alpha, len(held_out))
     if calibration is not None and not enough:  # too few to promise alpha: every image counts
         fit = {name: torch.cat([fit[name], calibration[name]]) for name in features}
@@ -350,16 +352,6 @@ def _can_promise(alpha: float, held_out: int) -> bool:
     return conformal_threshold(torch.zeros(held_out), alpha) != math.inf
 
 
-def _taps(model: RoutedModel, images: ImageSet, features: Sequence[str]) -> dict[str, Tensor]:
-    backbone = model.backbone
-    with torch.inference_mode():
-        parts = [
-            model.frozen(backbone.normalise(pixels_BCHW), taps=features).taps
-            for pixels_BCHW in _pixel_batches(backbone, images)
-        ]
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in features}
-
-
 def _metrics(
     classifier: Classifier, route: int, class_text_CE: Tensor, held_out: ImageSet
 ) -> dict[str, float]:
@@ -372,18 +364,13 @@ def _metrics(
 
 
 def _accuracy(classifier: Classifier, path: int, class_text_CE: Tensor, images: ImageSet) -> float:
-    backbone = classifier.model.backbone
+    scale = classifier.model.backbone.logit_scale
     guesses = [
-        int(logits(features_E, class_text_CE, backbone.logit_scale).argmax())
-        for pixels_BCHW in _pixel_batches(backbone, images)
-        for features_E in classifier.route(pixels_BCHW, [Ask(path)] * len(pixels_BCHW)).features_BE
+        int(logits(features_E, class_text_CE, scale).argmax())
+        for frozen, count in frozen_buckets(classifier, images, taps=classifier.selectors.taps)
+        for features_E in classifier.follow(frozen, [Ask(path)] * count).features_BE
     ]
     return float((np.array(guesses) == images.labels).mean())
-
-
-def _pixel_batches(backbone: Backbone, images: ImageSet) -> Iterator[Tensor]:
-    for start in range(0, len(images), BUCKET):
-        yield pixels_of(backbone, images, range(start, min(start + BUCKET, len(images))))
 
 
 def _spread(images: ImageSet) -> list[int]:

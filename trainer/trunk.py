@@ -11,27 +11,26 @@ Legend: B images, N prompts, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as picture
 
 from medley.backbone import Backbone
 from medley.tower import Block, Mask
 from trainer.datasets import ImageSet
+from trainer.kept import kept_hidden
+from trainer.pixels import pixels_of
 
 __all__ = [
     "CHUNK",
     "Entrance",
     "ImageTrunk",
+    "enter",
     "entrance_bytes",
     "image_entrance",
-    "pixels_of",
     "prompt_entrance",
 ]
 
@@ -40,8 +39,6 @@ CHUNK = 64  # images in one forward of the trunk
 # Images in one forward of the stem, channels last: medley-mini's convolutional stem then takes
 # 5.6 ms of one core for an image, against 15 ms for 64 at a time in the usual order (2026-11).
 STEM_CHUNK = 16
-CROP_SCALE = (0.9, 1.0)  # RandomResizedCrop as in MoE-Adapters, arXiv:2403.11549; no flip
-CROP_RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,13 @@ class ImageTrunk:
         return whole
 
     def _compute(self, index_B: NDArray[np.int64], copy: int) -> Entrance:
+        index = index_B.tolist()
+        if not self._augment:
+            hidden_BLD = kept_hidden(self._backbone, self._first_block, self.images, index)
+            if hidden_BLD is not None:
+                return enter(self._backbone.image.blocks, hidden_BLD, None, self._first_block)
         seed = (self._seed, copy) if self._augment else None
-        pixels_BCHW = pixels_of(self._backbone, self.images, index_B.tolist(), crop_seed=seed)
+        pixels_BCHW = pixels_of(self._backbone, self.images, index, crop_seed=seed)
         return image_entrance(self._backbone, pixels_BCHW, self._first_block)
 
 
@@ -133,7 +135,7 @@ def image_entrance(backbone: Backbone, pixels_BCHW: Tensor, first_block: int) ->
     images_BCHW = backbone.normalise(pixels_BCHW).contiguous(memory_format=torch.channels_last)
     patches_BLD = torch.cat([tower.stem(part) for part in images_BCHW.split(STEM_CHUNK)])
     x_BLD = tower.embed(patches_BLD)
-    return _enter(tower.blocks, x_BLD, None, first_block)
+    return enter(tower.blocks, _walked(tower.blocks[:first_block], x_BLD, None), None, first_block)
 
 
 @torch.no_grad()
@@ -141,59 +143,19 @@ def prompt_entrance(backbone: Backbone, tokens_NL: Tensor, first_block: int) -> 
     """Run token ids through the frozen text blocks before the first one with experts."""
     assert backbone.text is not None
     x_NLD, mask = backbone.text.embed(tokens_NL)
-    return _enter(backbone.text.blocks, x_NLD, mask, first_block)
+    blocks = backbone.text.blocks
+    return enter(blocks, _walked(blocks[:first_block], x_NLD, mask), mask, first_block)
 
 
-def _enter(blocks: Sequence[Block], x_BLD: Tensor, mask: Mask, first_block: int) -> Entrance:
-    for block in blocks[:first_block]:
-        x_BLD = block.attend(x_BLD, mask)
-        x_BLD = x_BLD + block.mlp(x_BLD)
-    attended_BLD = blocks[first_block].attend(x_BLD, mask)
+@torch.no_grad()
+def enter(blocks: Sequence[Block], hidden_BLD: Tensor, mask: Mask, first_block: int) -> Entrance:
+    """Go on from the hidden state after `first_block` blocks to where the experts enter."""
+    attended_BLD = blocks[first_block].attend(hidden_BLD, mask)
     return Entrance(attended_BLD, attended_BLD + blocks[first_block].mlp(attended_BLD), mask)
 
 
-def pixels_of(
-    backbone: Backbone,
-    images: ImageSet,
-    index: Sequence[int],
-    *,
-    crop_seed: tuple[int, int] | None = None,
-) -> Tensor:
-    """Decode images to uint8 (B, 3, H, W), by the backbone's own crop or by a random one.
-
-    Args:
-        backbone: whose preprocessing.
-        images: the set.
-        index: which of it.
-        crop_seed: with the image's index it decides the random crop, so that nobody's order
-            matters.
-    """
-
-    def one(i: int) -> Tensor:
-        image = images.image(i)
-        if crop_seed is not None:
-            return _random_crop(image, backbone.image_size, (*crop_seed, i))
-        return backbone.pixels(image)
-
-    with ThreadPoolExecutor(4) as pool:  # Pillow resizes without holding the interpreter lock
-        return torch.stack(list(pool.map(one, index)))
-
-
-def _random_crop(image: Image.Image, size: tuple[int, int], seed: tuple[int, ...]) -> Tensor:
-    """Torchvision's RandomResizedCrop, random by the seed and not by a global generator."""
-    chance = np.random.default_rng(seed)
-    area = image.width * image.height
-    for _ in range(10):
-        target = area * chance.uniform(*CROP_SCALE)
-        ratio = np.exp(chance.uniform(*np.log(CROP_RATIO)))
-        width, height = round(np.sqrt(target * ratio)), round(np.sqrt(target / ratio))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            break
-    else:  # a long image: no such crop fits, take the middle
-        width = height = min(image.width, image.height)
-    left = int(chance.integers(0, image.width - width + 1))
-    top = int(chance.integers(0, image.height - height + 1))
-    crop = picture.resized_crop(
-        image, top, left, height, width, list(size), picture.InterpolationMode.BICUBIC
-    )
-    return picture.pil_to_tensor(crop)
+def _walked(blocks: Sequence[Block], x_BLD: Tensor, mask: Mask) -> Tensor:
+    for block in blocks:
+        x_BLD = block.attend(x_BLD, mask)
+        x_BLD = x_BLD + block.mlp(x_BLD)
+    return x_BLD

@@ -17,10 +17,11 @@ from tests.trainer.test_training import LABEL, SETTINGS, Watch
 from tests.trainer.tiny import NoLargeFiles, pictures
 from trainer.datasets import ImageSet, split
 from trainer.export import Usage, frozen_experts, keep, measure_usage
+from trainer.pixels import pixels_of
 from trainer.run import learn
 from trainer.settings import TrainSettings
 from trainer.training import FrozenExperts, Learner
-from trainer.trunk import ImageTrunk, image_entrance, pixels_of
+from trainer.trunk import ImageTrunk, image_entrance
 
 Learnt = tuple[list[Bundle], list[ImageSet], bytes]
 COLOURS = ["red", "green", "blue", "yellow", "white", "black"]

@@ -13,10 +13,11 @@ from tests.models import tiny_backbone
 from tests.trainer.tiny import NoLargeFiles, pictures
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.export import Label
+from trainer.pixels import pixels_of
 from trainer.run import Outcome, learn
 from trainer.settings import PRESETS, TrainSettings
 from trainer.training import FrozenExperts, Learner, learning_rate
-from trainer.trunk import ImageTrunk, image_entrance, pixels_of
+from trainer.trunk import ImageTrunk, image_entrance
 
 LABEL = Label(task="colours", version="1", licence="CC0-1.0")
 SETTINGS = TrainSettings(
