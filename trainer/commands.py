@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,17 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from trainer.pretrain.command import pretrain_command
+from trainer.progress import bars
 
 if TYPE_CHECKING:
     from medley.backbone import Backbone
@@ -162,7 +154,7 @@ def train(
     frozen = load_backbone(backbone, weights=weights, device=device)
     images = open_dataset(data, "train", skip_unreadable=skip_unreadable)
     out.print(f"{images.name}: {len(images)} images of {len(images.class_names)} classes")
-    with _progress() as progress:
+    with bars(err) as show:
         outcome = learn(
             frozen,
             images,
@@ -172,7 +164,7 @@ def train(
             after=earlier,
             resume=resume,
             checkpoint_every_s=checkpoint_every,
-            watcher=_Bar(progress, settings.batch_size),
+            watcher=show.learning("training", settings.batch_size),
         )
     _print_outcome(outcome.report, outcome.path)
 
@@ -209,15 +201,14 @@ def evaluate(
     bundles = [read_bundle(path) for path in bundle]
     cases = [_case(text, bundles, probe, limit, seed, skip_unreadable) for text in data]
     classifier, paths = served(bundles, load_backbone(backbone, weights=weights, device=device))
-    with _progress() as progress:
-        bar = progress.add_task("images", total=None, note="")
+    with bars(err) as show:
         result = measure(
             classifier,
             paths,
             cases,
             alphas={b.manifest.task: b.manifest.selector.alpha for b in bundles},
             seed=seed,
-            on_images=lambda count: progress.advance(bar, count),
+            on_images=show.counting("images"),
         )
     _print_evaluation(result)
     if folder is not None:
@@ -234,46 +225,6 @@ def _settings(preset: Preset, **given: Any) -> TrainSettings:
         if value is not None
     }
     return TrainSettings(**(PRESETS[preset.value] | plain))
-
-
-class _Bar:
-    """Shows loss, accuracy, rate and time left."""
-
-    def __init__(self, progress: Progress, batch_size: int) -> None:
-        self._progress, self._batch_size = progress, batch_size
-        self._bar = progress.add_task("preparing", total=None, note="")
-
-    def on_start(self, step: int, steps: int) -> None:
-        """See `Watcher`."""
-        self._progress.remove_task(self._bar)
-        self._bar = self._progress.add_task("training", total=steps, completed=step, note="")
-        self._trunk = 0
-
-    def on_trunk(self, images: int) -> None:
-        """See `Watcher`."""
-        self._trunk += images
-        self._progress.update(self._bar, note=f"{self._trunk} images through the frozen blocks")
-
-    def on_step(self, step: int, loss: float, accuracy: float) -> None:
-        """See `Watcher`."""
-        speed = self._progress.tasks[0].speed
-        rate = f"{speed * self._batch_size:.0f} images/s" if speed else ""
-        note = f"loss {loss:.3f} accuracy {accuracy:.2f} {rate}"
-        self._progress.update(self._bar, completed=step, note=note)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=err) as progress:
-        yield progress
 
 
 def _case(
