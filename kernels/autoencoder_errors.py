@@ -7,10 +7,14 @@ Legend: B images, T tasks, F feature width, C code width.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-__all__ = ["autoencoder_errors"]
+__all__ = ["Output", "autoencoder_errors"]
+
+Output = Literal["linear", "sigmoid"]
 
 
 def autoencoder_errors(
@@ -21,12 +25,15 @@ def autoencoder_errors(
     encoder_bias_TC: Tensor,
     decoder_TCF: Tensor,
     decoder_bias_TF: Tensor,
+    *,
+    output: Output = "linear",
 ) -> Tensor:
     """Return each image's mean squared reconstruction error under each task's autoencoder.
 
     With ``z = (x - mean) / std`` the error is the mean over F of
-    ``(relu(z @ encoder + encoder_bias) @ decoder + decoder_bias - z) ** 2``. Computed in float32
-    whatever the dtype of `features_BF`; shape (B, T), float32, on its device.
+    ``(relu(z @ encoder + encoder_bias) @ decoder + decoder_bias - z) ** 2``, where `output`
+    "sigmoid" puts a sigmoid around all before ``- z``. Computed in float32 whatever the dtype of
+    `features_BF`; shape (B, T), float32, on its device.
 
     At a fixed B an image's errors are exactly the same whatever the other images are, and at any B
     they do not depend on which other tasks are there. Across different B they agree to rounding.
@@ -34,13 +41,13 @@ def autoencoder_errors(
     Raises:
         ValueError: the shapes do not fit each other.
 
-    Source: the auto-selector of MoE-Adapters, arXiv:2403.11549, without its sigmoids, which its
-    features needed and standardised ones do not.
+    Source: the auto-selector of MoE-Adapters, arXiv:2403.11549: mean 0, std 1, output "sigmoid", on
+    features that went through a sigmoid themselves. Standardised features need neither.
     """
     weights = (mean_TF, std_TF, encoder_TFC, encoder_bias_TC, decoder_TCF, decoder_bias_TF)
     _check_shapes(features_BF, *weights)
     features_BF = features_BF.float()
-    errors = [_errors(features_BF, *task) for task in zip(*weights, strict=True)]
+    errors = [_errors(features_BF, *task, output=output) for task in zip(*weights, strict=True)]
     return torch.stack(errors, 1) if errors else features_BF.new_empty(len(features_BF), 0)
 
 
@@ -52,13 +59,17 @@ def _errors(
     encoder_bias_C: Tensor,
     decoder_CF: Tensor,
     decoder_bias_F: Tensor,
+    *,
+    output: Output,
 ) -> Tensor:
     # One task at a time: the (B, F) working set stays in the cache. A batched product over all
     # tasks gives the same bits and takes three times as long (T = 1,000, F = 480, one core).
     z_BF = (features_BF - mean_F) / std_F
     code_BC = torch.addmm(encoder_bias_C, z_BF, encoder_FC).relu()
-    residual_BF = torch.addmm(decoder_bias_F, code_BC, decoder_CF) - z_BF
-    return residual_BF.square().mean(-1)
+    decoded_BF = torch.addmm(decoder_bias_F, code_BC, decoder_CF)
+    if output == "sigmoid":
+        decoded_BF = decoded_BF.sigmoid()
+    return (decoded_BF - z_BF).square().mean(-1)
 
 
 def _check_shapes(

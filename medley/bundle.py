@@ -25,8 +25,9 @@ from medley import sealed
 from medley.errors import BundleError
 from medley.experts import BlockExperts, TaskExperts
 from medley.files import write_whole
+from medley.levels import AutoencoderLevel
 from medley.manifest import FORMAT, Calibration, LevelSpec, Manifest, SelectorSpec, TowerExperts
-from medley.selector import Level, TaskSelector
+from medley.selector import TaskSelector
 
 __all__ = [
     "MAX_BUNDLE_BYTES",
@@ -104,9 +105,11 @@ class Bundle:
             **{field: self.tensors[f"{prefix}.{name}"] for name, field in _EXPERT_FIELDS.items()}
         )
 
-    def _level(self, index: int, spec: LevelSpec) -> Level:
+    def _level(self, index: int, spec: LevelSpec) -> AutoencoderLevel:
         tensors = {f: self.tensors[f"ddas.{index}.{name}"] for name, f in _LEVEL_FIELDS.items()}
-        return Level(feature=spec.feature, center=spec.center, spread=spec.spread, **tensors)
+        return AutoencoderLevel(
+            feature=spec.feature, center=spec.center, spread=spec.spread, **tensors
+        )
 
 
 def expert_tensors(tower: Tower, experts: Mapping[int, BlockExperts]) -> dict[str, Tensor]:

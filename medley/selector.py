@@ -1,10 +1,10 @@
 """DDAS, the selector: which task knows this kind of picture, or none.
 
-A level is one frozen feature with one autoencoder. A task's selector adds up the scores of its
-levels and compares the sum with a threshold; the bank does so for all live tasks at once. Fitting
-and calibration are in `trainer/ddas.py`; the features come from `RoutedModel.frozen`.
+A task's selector adds up the scores of its levels (`medley/levels.py`) and compares the sum with a
+threshold, and with the score of a reference if it has one; the bank does so for all live tasks at
+once. Fitting and calibration are in `trainer/ddas.py`; features come from `RoutedModel.frozen`.
 
-Legend: B images, T tasks, F feature width, C code width, N calibration images.
+Legend: B images, T tasks, R references, G levels of a group, F feature width, N calibration images.
 """
 
 from __future__ import annotations
@@ -18,94 +18,73 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from kernels.autoencoder_errors import autoencoder_errors
+from medley.levels import Level, Scored
 from medley.routed import ZERO_SHOT
 
-__all__ = ["Level", "SelectorBank", "TaskSelector", "conformal_threshold", "fixed_threshold"]
+__all__ = [
+    "STRICTLY_LESS",
+    "SelectorBank",
+    "TaskSelector",
+    "conformal_threshold",
+    "fixed_threshold",
+]
 
-_TENSORS = ("mean_F", "std_F", "encoder_FC", "encoder_bias_C", "decoder_CF", "decoder_bias_F")
-_SMALLEST_ERROR = torch.finfo(torch.float32).tiny  # keeps the logarithm finite
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """One feature's autoencoder, and what makes its error a score: (log error - center) / spread.
-
-    Raises:
-        ValueError: the tensors do not fit each other, or center and spread are not finite numbers,
-            or spread is not positive.
-    """
-
-    feature: str  # name of a tap, such as "stem:mean_std"
-    mean_F: Tensor
-    std_F: Tensor
-    encoder_FC: Tensor
-    encoder_bias_C: Tensor
-    decoder_CF: Tensor
-    decoder_bias_F: Tensor
-    center: float
-    spread: float
-
-    def __post_init__(self) -> None:
-        if self.encoder_FC.ndim != 2:
-            raise ValueError(
-                f"{self.feature}: encoder has {self.encoder_FC.ndim} dimensions, not 2"
-            )
-        F, C = self.encoder_FC.shape
-        expected = ((F,), (F,), (F, C), (C,), (C, F), (F,))
-        for name, tensor, shape in zip(_TENSORS, self.tensors, expected, strict=True):
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"{self.feature}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
-                )
-        if not (math.isfinite(self.center) and math.isfinite(self.spread) and self.spread > 0):
-            raise ValueError(
-                f"{self.feature}: center {self.center} and spread {self.spread} must be finite, "
-                "spread positive"
-            )
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The autoencoder, in the order that `autoencoder_errors` takes it."""
-        return tuple(getattr(self, name) for name in _TENSORS)
-
-    @property
-    def code_size(self) -> int:
-        """Width of the bottleneck, C."""
-        return self.encoder_FC.shape[1]
+# The margin of an image that must score strictly less than under the reference: no two different
+# scores lie so close.
+STRICTLY_LESS = -torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
 class TaskSelector:
-    """One task's levels and the threshold on the sum of their scores.
+    """One task's levels, the threshold on the sum of their scores, and maybe a reference.
+
+    A reference stands for pictures of no task. Without one, an image that is easy for every
+    selector is familiar to all; with one, it must also be more familiar than to the reference.
 
     Attributes:
         levels: at least one.
-        threshold: an image is accepted if its score is at most this.
+        threshold: an image is accepted if its score is at most this,
         alpha: the share of the task's own images that it may refuse; None where the threshold was
             set by hand (see `fixed_threshold`).
+        reference: another level, which no image is given to.
+        margin: and if score - reference score is at most this. Only with a reference, and always.
+            The paper's rule, arXiv:2403.11549, is `STRICTLY_LESS`: in a tie the reference wins.
 
     Raises:
-        ValueError: no level, or the threshold is not a number.
+        ValueError: no level, the threshold is not a number or the margin not a finite one, or only
+            one of reference and margin.
     """
 
     levels: tuple[Level, ...]
     threshold: float
     alpha: float | None
+    reference: Level | None = None
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("a selector needs at least one level")
         if math.isnan(self.threshold):
             raise ValueError("the threshold is not a number")
+        if (self.reference is None) != (self.margin is None):
+            raise ValueError("a reference needs a margin, and a margin a reference")
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"the margin {self.margin} is not a finite number")
 
     def scores(self, taps: Mapping[str, Tensor]) -> Tensor:
         """Score frozen features {tap: (B, F)}; return float32 (B,), as a bank would."""
+        return self._alone(taps)[0]
+
+    def accepted(self, taps: Mapping[str, Tensor]) -> Tensor:
+        """Tell which images are accepted; return bool (B,), as a bank would."""
+        return self._alone(taps)[1]
+
+    def _alone(self, taps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         features_BF = taps[self.levels[0].feature]
         bank = SelectorBank(features_BF.device)
         bank.add(0, self)
-        scores_B1, _ = bank.scores(taps, len(features_BF))
-        return scores_B1[:, 0]
+        scores_B1, accepted_B1 = bank.scores(taps, len(features_BF))
+        return scores_B1[:, 0], accepted_B1[:, 0]
 
 
 class SelectorBank:
@@ -138,7 +117,7 @@ class SelectorBank:
         """
         if path < 0 or path in self._selectors:
             raise ValueError(f"path {path} is {'taken' if path >= 0 else 'not that of a task'}")
-        self._selectors[path] = selector
+        self._selectors[path] = self._shared(selector)
         self._stack()
 
     def remove(self, path: int) -> None:
@@ -166,12 +145,15 @@ class SelectorBank:
 
         Raises:
             KeyError: a feature is missing.
-            ValueError: a feature does not have the width that a task's autoencoder has.
+            ValueError: a feature does not have the width that a task's level has.
         """
-        scores_BT = torch.zeros(batch_size, len(self._selectors), device=self._device)
+        T = len(self._selectors)
+        scores_BX = torch.zeros(batch_size, T + self._num_references, device=self._device)
         for group in self._groups:
-            scores_BT.index_add_(1, group.columns_G, group.scores(taps[group.feature]))
-        return scores_BT, (scores_BT <= self._thresholds_T) & scores_BT.isfinite()
+            scores_BX.index_add_(1, group.columns_G, group.scores(taps[group.feature]))
+        scores_BT, reference_BT = scores_BX[:, :T], scores_BX[:, self._reference_T]
+        accepted_BT = (scores_BT <= self._thresholds_T) & scores_BT.isfinite()
+        return scores_BT, accepted_BT & (scores_BT - reference_BT <= self._margins_T)
 
     def decide(self, scores_BT: Tensor, accepted_BT: Tensor, eligible_BT: Tensor) -> Tensor:
         """Give each image the path of the most familiar task that accepts it and may have it.
@@ -185,16 +167,39 @@ class SelectorBank:
         best_B = scores_BT.masked_fill(~claimed_BT, torch.inf).argmin(1)
         return torch.where(claimed_BT.any(1), self._paths_T[best_B], ZERO_SHOT)
 
+    def _shared(self, selector: TaskSelector) -> TaskSelector:
+        """Let it use a reference that is here already: tasks of one base bring the same one."""
+        if selector.reference is None:
+            return selector
+        here = (s.reference for s in self._selectors.values() if s.reference is not None)
+        same = (reference for reference in here if reference.same(selector.reference))
+        return replace(selector, reference=next(same, selector.reference))
+
     def _stack(self) -> None:
-        alike: dict[tuple[str, int, int], list[tuple[int, Level]]] = defaultdict(list)
-        for column, path in enumerate(self.tasks):
-            for level in self._selectors[path].levels:
-                alike[level.feature, *level.encoder_FC.shape].append((column, level))
+        """Give every task a column, and after them every reference; a task without is its own."""
+        selectors = [self._selectors[path] for path in self.tasks]
+        levels = [(t, level) for t, selector in enumerate(selectors) for level in selector.levels]
+        own = [selector.reference for selector in selectors if selector.reference is not None]
+        column = {reference: len(selectors) + r for r, reference in enumerate(dict.fromkeys(own))}
+        levels += [(x, reference) for reference, x in column.items()]
+        alike: dict[tuple[str | int, ...], list[tuple[int, Level]]] = defaultdict(list)
+        for x, level in levels:
+            alike[level.group].append((x, level))
         # Sorted, so that the levels of a task are added up in one order whoever else is there.
         self._groups = [_Group.stack(alike[key], self._device) for key in sorted(alike)]
-        thresholds = [self._selectors[path].threshold for path in self.tasks]
-        self._thresholds_T = torch.tensor(thresholds, dtype=torch.float32, device=self._device)
-        self._paths_T = torch.tensor(self.tasks, dtype=torch.int64, device=self._device)
+        self._num_references = len(column)
+        self._reference_T = self._tensor(
+            [t if s.reference is None else column[s.reference] for t, s in enumerate(selectors)],
+            torch.int64,
+        )
+        self._thresholds_T = self._tensor([s.threshold for s in selectors])
+        self._margins_T = self._tensor(
+            [math.inf if s.margin is None else s.margin for s in selectors]
+        )
+        self._paths_T = self._tensor(self.tasks, torch.int64)
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
 
 
 def conformal_threshold(scores_N: Tensor, alpha: float) -> float:
@@ -237,26 +242,14 @@ def fixed_threshold(selector: TaskSelector, error: float) -> TaskSelector:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """G levels of one feature and one shape, and the columns of the tasks they belong to."""
+    """G levels that are scored together, and the columns they belong to."""
 
     feature: str
     columns_G: Tensor
-    autoencoders: tuple[Tensor, ...]
-    center_G: Tensor
-    spread_G: Tensor
+    scores: Scored
 
     @classmethod
     def stack(cls, members: Sequence[tuple[int, Level]], device: torch.device) -> _Group:
         columns, levels = zip(*members, strict=True)
-        tensors = zip(*(level.tensors for level in levels), strict=True)
-        return cls(
-            feature=levels[0].feature,
-            columns_G=torch.tensor(columns, device=device),
-            autoencoders=tuple(torch.stack(t).to(device, torch.float32) for t in tensors),
-            center_G=torch.tensor([level.center for level in levels], device=device),
-            spread_G=torch.tensor([level.spread for level in levels], device=device),
-        )
-
-    def scores(self, features_BF: Tensor) -> Tensor:
-        errors_BG = autoencoder_errors(features_BF, *self.autoencoders)
-        return (errors_BG.clamp_min(_SMALLEST_ERROR).log() - self.center_G) / self.spread_G
+        scores = type(levels[0]).scorer(levels, device)
+        return cls(levels[0].feature, torch.tensor(columns, device=device), scores)

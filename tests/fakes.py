@@ -13,8 +13,9 @@ from torch import Tensor
 
 from medley.bundle import expert_tensors, selector_spec, selector_tensors, tower_spec
 from medley.experts import BlockExperts
+from medley.levels import AutoencoderLevel
 from medley.manifest import BackboneRef, Calibration, Manifest, SelfTest, Training
-from medley.selector import Level, TaskSelector
+from medley.selector import TaskSelector
 
 __all__ = ["TINY_BACKBONE", "random_experts", "random_selector", "tiny_bundle"]
 
@@ -116,8 +117,8 @@ def tiny_bundle(
     return manifest, tensors
 
 
-def _random_level(feature: str, F: int, C: int, random: torch.Generator) -> Level:
-    return Level(
+def _random_level(feature: str, F: int, C: int, random: torch.Generator) -> AutoencoderLevel:
+    return AutoencoderLevel(
         feature=feature,
         mean_F=torch.randn(F, generator=random),
         std_F=torch.rand(F, generator=random) + 0.5,

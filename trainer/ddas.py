@@ -19,7 +19,8 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from medley.errors import DataError
-from medley.selector import Level, TaskSelector, conformal_threshold
+from medley.levels import AutoencoderLevel, Level
+from medley.selector import TaskSelector, conformal_threshold
 
 __all__ = [
     "DEFAULT_ALPHA",
@@ -92,7 +93,7 @@ def fit_selector(
 
 def fit_level(
     features_NF: Tensor, feature: str, *, code_size: int, seed: int, iterations: int
-) -> Level:
+) -> AutoencoderLevel:
     """Fit one autoencoder: Adam, batches of 64 drawn with replacement, cosine decay to 0.
 
     The autoencoder sees the feature in units of its deviation within the task, so its error is in
@@ -115,7 +116,7 @@ def fit_level(
         torch.autograd.backward(loss)
         optimiser.step()
         schedule.step()
-    return Level(
+    return AutoencoderLevel(
         feature=feature,
         mean_F=mean_F,
         std_F=std_F,
@@ -130,7 +131,7 @@ def fit_level(
 
 def false_reject_rate(selector: TaskSelector, taps: Taps) -> float:
     """Share of the task's own images that the selector refuses; NaN of no images."""
-    return float((selector.scores(taps) > selector.threshold).double().mean())
+    return float((~selector.accepted(taps)).double().mean())
 
 
 def _fit_levels(

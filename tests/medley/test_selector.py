@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.autoencoder_errors import autoencoder_errors
+from medley.levels import AutoencoderLevel
 from medley.routed import ZERO_SHOT
 from medley.selector import (
-    Level,
     SelectorBank,
     TaskSelector,
     conformal_threshold,
@@ -24,10 +24,10 @@ from medley.selector import (
 WIDTHS = {"stem:mean_std": 48, "block4:mean": 24, "embedding": 32}
 
 
-def _level(feature: str, *, seed: int, code_size: int = 8) -> Level:
+def _level(feature: str, *, seed: int, code_size: int = 8) -> AutoencoderLevel:
     g = torch.Generator().manual_seed(seed)
     F, C = WIDTHS[feature], code_size
-    return Level(
+    return AutoencoderLevel(
         feature=feature,
         mean_F=torch.randn(F, generator=g),
         std_F=torch.rand(F, generator=g) + 0.5,
@@ -281,7 +281,7 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
 
 def test_numbers_that_make_no_score_are_refused() -> None:
     level = _level("embedding", seed=0)
-    with pytest.raises(ValueError, match="encoder has 1 dimensions"):
+    with pytest.raises(ValueError, match="encoder_FC has shape"):
         replace(level, encoder_FC=level.encoder_FC[0])
     for center, spread in [(math.nan, 1.0), (0.0, 0.0), (0.0, math.inf)]:
         with pytest.raises(ValueError, match="must be finite"):
