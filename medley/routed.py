@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from medley.backbone import Backbone
 from medley.errors import BackboneError, CapacityError
 from medley.experts import TaskExperts
+from medley.extractor import Extractor
 from medley.pool import Capacity, ExpertPool
 from medley.tower import Block
 
@@ -44,7 +45,12 @@ class RoutedModel:
     """A backbone with slots for experts. Not thread-safe: one thread runs it and loads into it."""
 
     def __init__(
-        self, backbone: Backbone, *, first_expert_block: int = 0, capacity: Capacity | None = None
+        self,
+        backbone: Backbone,
+        *,
+        first_expert_block: int = 0,
+        capacity: Capacity | None = None,
+        extractors: Sequence[Extractor] = (),
     ) -> None:
         blocks = len(backbone.image.blocks)
         if not 0 <= first_expert_block <= blocks:
@@ -55,6 +61,7 @@ class RoutedModel:
         self.backbone = backbone
         self.first_expert_block = first_expert_block
         self.capacity = capacity or Capacity()
+        self.extractors = {extractor.tap: extractor for extractor in extractors}
         self._vision = self._pool(blocks, backbone.image.width)
         text = backbone.text
         self._text = None if text is None else self._pool(len(text.blocks), text.width)
@@ -117,7 +124,7 @@ class RoutedModel:
         Args:
             images_BCHW: normalised images.
             taps: features for DDAS: "stem:<pool>", "block<n>:<pool>" (after n blocks), "embedding";
-                pools are mean, mean_std (2 D wide) and cls (token 0).
+                pools are mean, mean_std (2 D wide) and cls (token 0). Or those of `extractors`.
             features: whether the zero-shot features are wanted.
 
         Raises:
@@ -129,6 +136,7 @@ class RoutedModel:
         depth = len(tower.blocks) if whole else max([self.first_expert_block, *depth_of.values()])
         patches_BLD = tower.stem(images_BCHW)
         found = {t: _pooled(patches_BLD, t) for t in taps if t.startswith("stem:")}
+        found |= {t: self.extractors[t](images_BCHW) for t in taps if t in self.extractors}
         x_BLD = hidden_BLD = tower.embed(patches_BLD)
         for index in range(depth):
             x_BLD = _plain_block(tower.blocks[index], x_BLD)
@@ -169,7 +177,7 @@ class RoutedModel:
     def _depth(self, tap: str) -> int:
         place, _, _ = tap.partition(":")
         blocks = len(self.backbone.image.blocks)
-        if place in ("stem", "embedding"):
+        if place in ("stem", "embedding") or tap in self.extractors:
             return 0
         if place.startswith("block") and place[5:].isdigit() and 0 < int(place[5:]) <= blocks:
             return int(place[5:])

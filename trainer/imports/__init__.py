@@ -1,0 +1,1 @@
+"""Checkpoints that others have published, made into bundles."""
