@@ -4,13 +4,12 @@ Nothing in it is executed, and nothing is believed: `read_bundle` checks all tha
 without a model. Whether the bundle suits this backbone is for `medley/admission.py`.
 `docs/bundle-format.md` is the specification.
 
-Legend: E experts, R bottleneck, D width, F feature width, C code size or classes, N images.
+Legend: E experts, R bottleneck, D width, C classes, N images.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,15 @@ from medley import sealed
 from medley.errors import BundleError
 from medley.experts import BlockExperts, TaskExperts
 from medley.files import write_whole
-from medley.levels import AutoencoderLevel
-from medley.manifest import FORMAT, Calibration, LevelSpec, Manifest, SelectorSpec, TowerExperts
+from medley.manifest import FORMAT, READABLE_FORMATS, Manifest, TowerExperts
 from medley.selector import TaskSelector
+from medley.stored_selector import (
+    bad_selector_values,
+    selector_shapes,
+    selector_spec,
+    selector_tensors,
+    stored_selector,
+)
 
 __all__ = [
     "MAX_BUNDLE_BYTES",
@@ -47,21 +52,13 @@ TOWERS: tuple[Tower, Tower] = ("vision", "text")
 
 _MAX_PROBLEMS = 50
 
-# Where a tensor lies in a bundle, and the field of BlockExperts or Level that it becomes.
+# Where a tensor lies in a bundle, and the field of BlockExperts that it becomes.
 _EXPERT_FIELDS = {
     "experts.down": "down_ERD",
     "experts.down_bias": "down_bias_ER",
     "experts.up": "up_ERD",
     "experts.up_bias": "up_bias_ED",
     "router": "router_DE",
-}
-_LEVEL_FIELDS = {
-    "mean": "mean_F",
-    "std": "std_F",
-    "encoder": "encoder_FC",
-    "encoder_bias": "encoder_bias_C",
-    "decoder": "decoder_CF",
-    "decoder_bias": "decoder_bias_F",
 }
 
 
@@ -92,23 +89,12 @@ class Bundle:
         )
 
     def selector(self) -> TaskSelector:
-        """DDAS of this task."""
-        spec = self.manifest.selector
-        return TaskSelector(
-            levels=tuple(self._level(i, level) for i, level in enumerate(spec.levels)),
-            threshold=math.inf if spec.threshold is None else spec.threshold,
-            alpha=spec.alpha,
-        )
+        """What decides which images are this task's."""
+        return stored_selector(self.manifest.selector, self.tensors)
 
     def _block(self, prefix: str) -> BlockExperts:
         return BlockExperts(
             **{field: self.tensors[f"{prefix}.{name}"] for name, field in _EXPERT_FIELDS.items()}
-        )
-
-    def _level(self, index: int, spec: LevelSpec) -> AutoencoderLevel:
-        tensors = {f: self.tensors[f"ddas.{index}.{name}"] for name, f in _LEVEL_FIELDS.items()}
-        return AutoencoderLevel(
-            feature=spec.feature, center=spec.center, spread=spec.spread, **tensors
         )
 
 
@@ -127,39 +113,11 @@ def tower_spec(width: int, experts: Mapping[int, BlockExperts]) -> TowerExperts:
     return TowerExperts(width=width, blocks=digests)
 
 
-def selector_tensors(selector: TaskSelector) -> dict[str, Tensor]:
-    """Name a selector's autoencoders as they lie in a bundle."""
-    return {
-        f"ddas.{index}.{name}": getattr(level, field)
-        for index, level in enumerate(selector.levels)
-        for name, field in _LEVEL_FIELDS.items()
-    }
-
-
-def selector_spec(selector: TaskSelector, calibration: Calibration) -> SelectorSpec:
-    """Describe a selector for the manifest."""
-    levels = tuple(
-        LevelSpec(
-            feature=level.feature,
-            width=len(level.mean_F),
-            code_size=level.code_size,
-            center=level.center,
-            spread=level.spread,
-        )
-        for level in selector.levels
-    )
-    return SelectorSpec(
-        levels=levels,
-        alpha=selector.alpha,
-        threshold=None if selector.threshold == math.inf else selector.threshold,
-        calibration=calibration,
-    )
-
-
 def write_bundle(manifest: Manifest, tensors: Mapping[str, Tensor], path: Path) -> Bundle:
     """Seal a bundle and put it at `path`, whole or not at all.
 
-    Equal content gives equal bytes. What the reader would refuse is not written.
+    Equal content gives equal bytes. What the reader would refuse is not written. What was read in
+    an older format is written in the present one.
 
     Returns:
         the bundle as it is read back, its manifest sealed.
@@ -168,7 +126,7 @@ def write_bundle(manifest: Manifest, tensors: Mapping[str, Tensor], path: Path) 
         BundleError: the content is not a valid bundle, or (code `not_written`) the file cannot be
             written, such as on a full disk; nothing is left behind, an older file at `path` stays.
     """
-    body = manifest.model_dump(mode="json", exclude={"seal"})
+    body = manifest.model_dump(mode="json", exclude={"seal"}) | {"format": FORMAT}
     text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     data = sealed.pack(text, tensors)
     bundle = read_bundle(data)
@@ -229,8 +187,9 @@ def _parse_manifest(text: str) -> tuple[Manifest | None, list[str]]:
 def _check_format(raw: Any) -> None:
     """Refuse another format version as such, before its unknown fields are called wrong."""
     version = raw.get("format") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version != FORMAT:
-        problem = f"this is bundle format {version}, only format {FORMAT} can be read"
+    if isinstance(version, int) and version not in READABLE_FORMATS:
+        readable = " and ".join(map(str, READABLE_FORMATS))
+        problem = f"this is bundle format {version}, only formats {readable} can be read"
         raise BundleError([problem], code="unsupported_format")
 
 
@@ -258,18 +217,13 @@ def _expected_tensors(manifest: Manifest) -> dict[str, _Expected]:
         for block, digests in spec.blocks.items():
             shapes = _expert_shapes(len(digests), manifest.bottleneck, spec.width)
             expected |= {f"{tower}.{block}.{name}": _Expected(s) for name, s in shapes.items()}
-    for index, level in enumerate(manifest.selector.levels):
-        shapes = _level_shapes(level.width, level.code_size)
-        expected |= {f"ddas.{index}.{name}": _Expected(s) for name, s in shapes.items()}
+    shapes = selector_shapes(manifest.selector)
+    expected |= {name: _Expected(shape) for name, shape in shapes.items()}
     return expected
 
 
 def _expert_shapes(E: int, R: int, D: int) -> dict[str, tuple[int, ...]]:
     return dict(zip(_EXPERT_FIELDS, ((E, R, D), (E, R), (E, R, D), (E, D), (D, E)), strict=True))
-
-
-def _level_shapes(F: int, C: int) -> dict[str, tuple[int, ...]]:
-    return dict(zip(_LEVEL_FIELDS, ((F,), (F,), (F, C), (C,), (C, F), (F,)), strict=True))
 
 
 def _misfits(bundle: Bundle) -> list[str]:
@@ -288,13 +242,12 @@ def _misfits(bundle: Bundle) -> list[str]:
 
 
 def _bad_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    problems = []
-    for name, tensor in sorted(tensors.items()):
-        if not tensor.isfinite().all():
-            problems.append(f"tensor {name} has values that are not finite")
-        if name.startswith("ddas.") and name.endswith(".std") and not (tensor > 0).all():
-            problems.append(f"tensor {name} has values that are not positive")
-    return problems
+    problems = [
+        f"tensor {name} has values that are not finite"
+        for name, tensor in sorted(tensors.items())
+        if not tensor.isfinite().all()
+    ]
+    return problems + bad_selector_values(tensors)
 
 
 def _wrong_digests(bundle: Bundle) -> list[str]:

@@ -7,23 +7,36 @@ suits a backbone is not decided here either, but at admission.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 __all__ = [
     "FORMAT",
+    "READABLE_FORMATS",
+    "AutoencoderSpec",
     "BackboneRef",
     "Calibration",
+    "GaussianSpec",
     "LevelSpec",
     "Manifest",
+    "PrototypeSpec",
     "SelectorSpec",
     "SelfTest",
     "TowerExperts",
     "Training",
 ]
 
-FORMAT = 1
+FORMAT = 2  # that is written
+READABLE_FORMATS = (1, 2)
 _UNSEALED = "0" * 64
 
 
@@ -45,7 +58,8 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 ClassName = Annotated[Text, Field(pattern=r"\S")]
 Template = Annotated[Text, AfterValidator(_one_pair_of_braces)]
 Feature = Annotated[
-    str, Field(pattern=r"^(embedding|(stem|block[1-9][0-9]{0,2}):(mean|mean_std|cls))$")
+    str,
+    Field(pattern=r"^(embedding|alexnet:conv5|(stem|block[1-9][0-9]{0,2}):(mean|mean_std|cls))$"),
 ]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Dim = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -73,14 +87,51 @@ class TowerExperts(_Part):
     blocks: dict[Block, Annotated[tuple[Digest, ...], Field(min_length=1, max_length=1024)]]
 
 
-class LevelSpec(_Part):
-    """One autoencoder: feature (width F), code size C, and the scale of its log-error."""
-
+class _LevelSpec(_Part):
     feature: Feature
     width: Dim
-    code_size: Dim
     center: float
     spread: Annotated[float, Field(gt=0)]
+
+
+class AutoencoderSpec(_LevelSpec):
+    """One autoencoder: feature (width F), code size C, and the scale of its log-error."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    code_size: Dim
+    output: Literal["linear", "sigmoid"] = "linear"
+
+
+class GaussianSpec(_LevelSpec):
+    """Gaussians of one covariance: K classes, whitened to W (`rank`) dimensions."""
+
+    kind: Literal["gaussian"]
+    classes: Dim
+    rank: Dim
+
+
+class PrototypeSpec(_LevelSpec):
+    """K prototypes of unit length."""
+
+    kind: Literal["prototype"]
+    prototypes: Dim
+
+
+def _kind(level: Any) -> str | None:
+    """The kind that a level calls itself; format 1 knew one and had no name for it."""
+    if isinstance(level, dict):
+        level = level.get("kind", "autoencoder")
+    else:
+        level = getattr(level, "kind", None)
+    return level if isinstance(level, str) else None
+
+
+LevelSpec = Annotated[
+    Annotated[AutoencoderSpec, Tag("autoencoder")]
+    | Annotated[GaussianSpec, Tag("gaussian")]
+    | Annotated[PrototypeSpec, Tag("prototype")],
+    Discriminator(_kind),
+]
 
 
 class Calibration(_Part):
@@ -92,16 +143,35 @@ class Calibration(_Part):
 
 
 class SelectorSpec(_Part):
-    """DDAS of this task.
+    """What decides which images are this task's.
 
     `threshold` null accepts every image; `alpha`, the share of its own images that the task may
-    refuse, is null where nothing was calibrated.
+    refuse, is null where nothing was calibrated. With a `reference`, an image's score must also be
+    within `margin` of its score there.
     """
 
     levels: Annotated[tuple[LevelSpec, ...], Field(min_length=1, max_length=16)]
     alpha: Annotated[float, Field(gt=0, lt=1)] | None
     threshold: float | None
+    reference: LevelSpec | None = None
+    margin: float | None = None
     calibration: Calibration
+
+    @model_validator(mode="after")
+    def _reference_with_margin(self) -> Self:
+        if (self.reference is None) != (self.margin is None):
+            raise ValueError("a reference needs a margin, and a margin a reference")
+        return self
+
+    def fits_format_1(self) -> bool:
+        """Whether format 1 has every field and value of this."""
+        levels = [level for level in self.levels if isinstance(level, AutoencoderSpec)]
+        return (
+            len(levels) == len(self.levels)
+            and not self.model_fields_set & {"reference", "margin"}
+            and not any(level.model_fields_set & {"kind", "output"} for level in levels)
+            and not any(level.feature.startswith("alexnet:") for level in levels)
+        )
 
 
 class Training(_Part):
@@ -128,7 +198,7 @@ class Manifest(_Part):
     """
 
     seal: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = _UNSEALED
-    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
+    format: Annotated[int, Field(ge=READABLE_FORMATS[0], le=READABLE_FORMATS[-1])] = FORMAT
     task: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,30}$")]
     class_names: Annotated[
@@ -158,4 +228,10 @@ class Manifest(_Part):
                 f"vision experts in blocks {early}, before first_expert_block "
                 f"{self.first_expert_block}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_newer_than_its_format(self) -> Self:
+        if self.format == 1 and not self.selector.fits_format_1():
+            raise ValueError("format 1 has only linear autoencoders, without kind and reference")
         return self

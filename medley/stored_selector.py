@@ -1,0 +1,164 @@
+"""How a selector lies in a bundle: tensors by name, and their description in the manifest.
+
+Only the mapping; files are `medley/bundle.py`, scores are `medley/levels.py`.
+
+Legend: F feature width, C code width, K classes or prototypes, W width of what is whitened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from medley.levels import AutoencoderLevel, GaussianLevel, Level, PrototypeLevel
+from medley.manifest import (
+    AutoencoderSpec,
+    Calibration,
+    GaussianSpec,
+    LevelSpec,
+    PrototypeSpec,
+    SelectorSpec,
+)
+from medley.selector import TaskSelector
+
+__all__ = [
+    "bad_selector_values",
+    "selector_shapes",
+    "selector_spec",
+    "selector_tensors",
+    "stored_selector",
+]
+
+# How far from 1 a prototype may be long: half precision does not keep a length.
+LENGTH_TOLERANCE = 0.01
+
+_REFERENCE = "reference"
+
+# Where a tensor lies within a level, and the field of the level that it becomes.
+_FIELDS: dict[type[Level], dict[str, str]] = {
+    AutoencoderLevel: {
+        "mean": "mean_F",
+        "std": "std_F",
+        "encoder": "encoder_FC",
+        "encoder_bias": "encoder_bias_C",
+        "decoder": "decoder_CF",
+        "decoder_bias": "decoder_bias_F",
+    },
+    GaussianLevel: {"means": "means_KF", "whitening": "whitening_FW"},
+    PrototypeLevel: {"prototypes": "prototypes_KF"},
+}
+_KINDS: dict[str, type[Level]] = {
+    "autoencoder": AutoencoderLevel,
+    "gaussian": GaussianLevel,
+    "prototype": PrototypeLevel,
+}
+
+
+def selector_tensors(selector: TaskSelector) -> dict[str, Tensor]:
+    """Name what a selector was fitted to as it lies in a bundle."""
+    levels: dict[str, Level] = {str(i): level for i, level in enumerate(selector.levels)}
+    if selector.reference is not None:
+        levels[_REFERENCE] = selector.reference
+    return {
+        f"ddas.{place}.{name}": getattr(level, field)
+        for place, level in levels.items()
+        for name, field in _FIELDS[type(level)].items()
+    }
+
+
+def selector_spec(selector: TaskSelector, calibration: Calibration) -> SelectorSpec:
+    """Describe a selector for the manifest."""
+    reference = selector.reference
+    return SelectorSpec(
+        levels=tuple(_level_spec(level) for level in selector.levels),
+        alpha=selector.alpha,
+        threshold=None if selector.threshold == math.inf else selector.threshold,
+        reference=None if reference is None else _level_spec(reference),
+        margin=selector.margin,
+        calibration=calibration,
+    )
+
+
+def stored_selector(spec: SelectorSpec, tensors: Mapping[str, Tensor]) -> TaskSelector:
+    """Build the selector that `spec` describes from a bundle's tensors, which must be there."""
+    levels = {place: _level(place, level, tensors) for place, level in _levels(spec).items()}
+    reference = levels.pop(_REFERENCE, None)
+    return TaskSelector(
+        levels=tuple(levels.values()),
+        threshold=math.inf if spec.threshold is None else spec.threshold,
+        alpha=spec.alpha,
+        reference=reference,
+        margin=spec.margin,
+    )
+
+
+def selector_shapes(spec: SelectorSpec) -> dict[str, tuple[int, ...]]:
+    """Name every tensor that `spec` promises, with its shape."""
+    return {
+        f"ddas.{place}.{name}": shape
+        for place, level in _levels(spec).items()
+        for name, shape in zip(_FIELDS[_KINDS[level.kind]], _shapes(level), strict=True)
+    }
+
+
+def bad_selector_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tell which finite numbers of a bundle's tensors make no selector."""
+    problems = []
+    for name, tensor in sorted(tensors.items()):
+        place, _, field = name.rpartition(".")
+        if not place.startswith("ddas."):
+            continue
+        if field == "std" and not (tensor > 0).all():
+            problems.append(f"tensor {name} has values that are not positive")
+        if field == "prototypes" and not _unit_rows(tensor):
+            problems.append(f"tensor {name} has rows that are not of unit length")
+    return problems
+
+
+def _levels(spec: SelectorSpec) -> dict[str, LevelSpec]:
+    levels = {str(i): level for i, level in enumerate(spec.levels)}
+    return levels if spec.reference is None else levels | {_REFERENCE: spec.reference}
+
+
+def _level_spec(level: Level) -> LevelSpec:
+    common: dict[str, Any] = {
+        "feature": level.feature,
+        "center": level.center,
+        "spread": level.spread,
+    }
+    if isinstance(level, AutoencoderLevel):
+        F, C = level.encoder_FC.shape
+        return AutoencoderSpec(**common, width=F, code_size=C, output=level.output)
+    if isinstance(level, GaussianLevel):
+        (K, F), W = level.means_KF.shape, level.whitening_FW.shape[1]
+        return GaussianSpec(**common, width=F, classes=K, rank=W)
+    K, F = level.prototypes_KF.shape
+    return PrototypeSpec(**common, width=F, prototypes=K)
+
+
+def _level(place: str, spec: LevelSpec, tensors: Mapping[str, Tensor]) -> Level:
+    kind = _KINDS[spec.kind]
+    fields: dict[str, Any] = {
+        field: tensors[f"ddas.{place}.{name}"] for name, field in _FIELDS[kind].items()
+    }
+    if isinstance(spec, AutoencoderSpec):
+        fields["output"] = spec.output
+    return kind(feature=spec.feature, center=spec.center, spread=spec.spread, **fields)
+
+
+def _shapes(spec: LevelSpec) -> tuple[tuple[int, ...], ...]:
+    F = spec.width
+    if isinstance(spec, AutoencoderSpec):
+        C = spec.code_size
+        return (F,), (F,), (F, C), (C,), (C, F), (F,)
+    if isinstance(spec, GaussianSpec):
+        return (spec.classes, F), (F, spec.rank)
+    return ((spec.prototypes, F),)
+
+
+def _unit_rows(tensor: Tensor) -> bool:
+    lengths = tensor.double().square().sum(-1).sqrt()
+    return bool(((lengths - 1).abs() <= LENGTH_TOLERANCE).all())
