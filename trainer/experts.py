@@ -33,6 +33,7 @@ class ExpertConfig:
     top_k: int
     scale: float
     dropout: float
+    relu: bool = True  # False: linear experts, which no bundle can hold
 
 
 class NoisyRouter(nn.Module):
@@ -121,7 +122,9 @@ class BlockMixture(nn.Module):
         down_bias_BH = self._all("down_bias_ER")[expert_BK].flatten(1)
         up_bias_BD = (gates_BK[:, :, None] * self._all("up_bias_ED")[expert_BK]).sum(1)
         gates_BH = gates_BK.repeat_interleave(self.config.bottleneck, dim=1)
-        hidden_BLH = F.relu(_product(x_BLD, down_BHD.mT) + down_bias_BH[:, None])
+        hidden_BLH = _product(x_BLD, down_BHD.mT) + down_bias_BH[:, None]
+        if self.config.relu:
+            hidden_BLH = F.relu(hidden_BLH)
         hidden_BLH = F.dropout(hidden_BLH, self.config.dropout, self.training)
         y_BLD = _product(hidden_BLH * gates_BH[:, None], up_BHD) + up_bias_BD[:, None]
         return (self.config.scale * y_BLD).to(x_BLD.dtype), balance

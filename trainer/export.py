@@ -29,7 +29,7 @@ from medley.bundle import (
     write_bundle,
 )
 from medley.classifier import Ask, Classifier, logits
-from medley.errors import BundleError
+from medley.errors import BundleError, DataError
 from medley.experts import BlockExperts, TaskExperts
 from medley.manifest import Calibration, Manifest, SelfTest, Training
 from medley.pool import Capacity
@@ -40,12 +40,21 @@ from trainer.datasets import ImageSet
 from trainer.ddas import DEFAULT_FEATURES, false_reject_rate, fit_selector
 from trainer.experts import BlockMixture, TowerMixture
 from trainer.frozen import frozen_buckets, frozen_taps
+from trainer.methods import FrozenExperts, MoeAdapter
 from trainer.pixels import pixels_of
 from trainer.settings import TrainSettings
-from trainer.training import FrozenExperts, Learner
 from trainer.trunk import CHUNK, ImageTrunk
 
-__all__ = ["Label", "Usage", "capacity_for", "export", "frozen_experts", "keep", "measure_usage"]
+__all__ = [
+    "Label",
+    "Usage",
+    "capacity_for",
+    "export",
+    "frozen_experts",
+    "keep",
+    "measure_usage",
+    "require_exportable",
+]
 
 STORAGE = torch.bfloat16
 SELF_TEST_IMAGES = 4
@@ -67,6 +76,23 @@ class Label:
     licence: str
 
 
+def require_exportable(settings: TrainSettings) -> None:
+    """Refuse what no bundle can hold; better before training than after.
+
+    Raises:
+        DataError: the method has no bundle format, or the experts are linear.
+    """
+    if settings.method != "moe_adapter":
+        raise DataError(
+            f"{settings.method} has no bundle format; only moe_adapter makes bundles",
+            code="settings",
+        )
+    if not settings.relu:
+        raise DataError(
+            "experts without ReLU are for ablations; a bundle's experts have one", code="settings"
+        )
+
+
 def frozen_experts(
     bundles: Sequence[Bundle], backbone: Backbone, settings: TrainSettings
 ) -> FrozenExperts:
@@ -86,7 +112,7 @@ def frozen_experts(
     )
 
 
-def measure_usage(learner: Learner, trunk: ImageTrunk, settings: TrainSettings) -> Usage:
+def measure_usage(learner: MoeAdapter, trunk: ImageTrunk, settings: TrainSettings) -> Usage:
     """Measure each expert's share of the gates over training images and prompts, without noise."""
     usage: Usage = {"vision": {}, "text": {}}
 
@@ -104,7 +130,7 @@ def measure_usage(learner: Learner, trunk: ImageTrunk, settings: TrainSettings) 
             entrance = trunk.batch(order[start : start + CHUNK], 0)
             learner.image_features(entrance, observe=watch("vision", learner.vision))
         if learner.text is not None:
-            learner.text_features(observe=watch("text", learner.text))
+            learner.observe_text(watch("text", learner.text))
     return {
         tower: {block: (mass_E / mass_E.sum()).cpu() for block, mass_E in blocks.items()}
         for tower, blocks in usage.items()
@@ -112,7 +138,7 @@ def measure_usage(learner: Learner, trunk: ImageTrunk, settings: TrainSettings) 
 
 
 def keep(
-    learner: Learner, frozen: FrozenExperts, usage: Usage, settings: TrainSettings
+    learner: MoeAdapter, frozen: FrozenExperts, usage: Usage, settings: TrainSettings
 ) -> TaskExperts:
     """Keep each block's experts that carry the task, and the router's columns for them.
 
@@ -167,7 +193,9 @@ def export(
 
     Raises:
         BundleError: it cannot be written.
+        DataError: no bundle can hold what these settings train.
     """
+    require_exportable(settings)
     classifier = Classifier(_routed(backbone, experts, settings), bucket=BUCKET)
     model = classifier.model
     route = model.load(experts)
@@ -184,7 +212,7 @@ def export(
         class_names=train.class_names,
         templates=train.templates,
         backbone=backbone_ref(classifier),
-        method=settings.method,
+        method="moe_adapter",
         first_expert_block=model.first_expert_block,
         bottleneck=settings.bottleneck,
         top_k=settings.top_k,

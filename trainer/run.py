@@ -22,12 +22,21 @@ from medley.errors import DataError
 from medley.manifest import Manifest
 from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, few_shot, split
-from trainer.export import Label, Usage, export, frozen_experts, keep, measure_usage
+from trainer.export import (
+    Label,
+    Usage,
+    export,
+    frozen_experts,
+    keep,
+    measure_usage,
+    require_exportable,
+)
+from trainer.methods import MoeAdapter
 from trainer.plots import curves_png, usage_png
 from trainer.settings import TrainSettings
 from trainer.training import History, Watcher, train
 
-__all__ = ["Outcome", "learn"]
+__all__ = ["Outcome", "learn", "training_parts"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +63,18 @@ def learn(
     """Learn a task into `<task>-<version>.safetensors`; report and plots lie in a folder beside.
 
     Raises:
-        DataError: the data cannot be learnt from, a setting does not suit the backbone, or the
-        folder cannot be written. BundleError: an earlier bundle does not fit, or the bundle cannot
-        be written.
+        DataError: the data cannot be learnt from, a setting does not suit the backbone or a bundle,
+        or the folder cannot be written. BundleError: an earlier bundle does not fit, or the bundle
+        cannot be written.
     """
     started_s = time.monotonic()
+    require_exportable(settings)
     _check_names(label, images)
     name = f"{label.task}-{label.version}"
     details = folder / name
     make_folder(details)
     frozen = frozen_experts(after, backbone, settings)
-    train_part, held_out = _parts(images, settings)
+    train_part, held_out = training_parts(images, settings)
     data_digest = images.digest
     trained = train(
         backbone,
@@ -79,10 +89,12 @@ def learn(
         watcher=watcher,
     )
     trained_s = time.monotonic()
-    usage = measure_usage(trained.learner, trained.trunk, settings)
+    learner = trained.learner
+    assert isinstance(learner, MoeAdapter)
+    usage = measure_usage(learner, trained.trunk, settings)
     path = folder / f"{name}.safetensors"
     bundle = export(
-        keep(trained.learner, frozen, usage, settings),
+        keep(learner, frozen, usage, settings),
         backbone,
         train_part,
         held_out,
@@ -118,7 +130,8 @@ def _check_names(label: Label, images: ImageSet) -> None:
             ) from error
 
 
-def _parts(images: ImageSet, settings: TrainSettings) -> tuple[ImageSet, ImageSet | None]:
+def training_parts(images: ImageSet, settings: TrainSettings) -> tuple[ImageSet, ImageSet | None]:
+    """Images to learn from and images held out, which no gradient sees; few shots hold none out."""
     if settings.shots is not None:  # too few to hold any back: DDAS cross-fits
         return few_shot(images, settings.shots, settings.seed), None
     return split(images, settings.hold_out, settings.seed)

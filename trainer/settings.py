@@ -5,14 +5,17 @@ Where files go, how often a checkpoint is written and what is shown on the way d
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from medley.backbone import Backbone
 from medley.errors import DataError
 
-__all__ = ["PRESETS", "TrainSettings"]
+__all__ = ["PRESETS", "Method", "TrainSettings"]
 
+Method = Literal["moe_adapter", "lora", "finetune"]
+# What suits medley-mini in 600 steps (`docs/training.md`).
+LEARNING_RATES: dict[Method, float] = {"moe_adapter": 5e-3, "lora": 2e-3, "finetune": 2e-4}
 Scalar = bool | int | float | str | None
 
 
@@ -24,7 +27,7 @@ class TrainSettings:
         DataError: a number is out of range; the message names it and its limits.
     """
 
-    method: Literal["moe_adapter"] = "moe_adapter"
+    method: Method = "moe_adapter"
     iterations: int = 600
     batch_size: int = 64
     lr: float = 5e-3
@@ -32,11 +35,12 @@ class TrainSettings:
     label_smoothing: float = 0.2
     num_experts: int = 4  # new ones, in each block of each tower
     top_k: int = 2
-    bottleneck: int = 32
+    bottleneck: int = 32  # of an expert; the rank of `lora`
     scale: float = 0.1
     dropout: float = 0.1
+    relu: bool = True  # False: linear experts; for ablations, no bundle can say so
     first_expert_block: int | None = None  # None: the last quarter of the image tower
-    first_text_block: int = 0
+    first_text_block: int = 0  # as many as there are text blocks: the text tower stays frozen
     balance: float = 0.0  # weight of the balance loss
     augmented_copies: int = 0  # random crops of each image; 0: the evaluation crop
     freeze: Literal["mass", "count"] = "mass"
@@ -78,13 +82,25 @@ class TrainSettings:
         return _within("first_expert_block", first, blocks, backbone.name)
 
     def text_blocks(self, backbone: Backbone) -> range:
-        """Text blocks with experts; none where experts cannot enter the text tower."""
+        """Text blocks with experts; none where experts cannot enter the text tower.
+
+        Raises:
+            DataError: the tower is not that deep.
+        """
         if backbone.text is None:
             return range(0)
-        blocks = len(backbone.text.blocks)
-        return range(
-            _within("first_text_block", self.first_text_block, blocks, backbone.name), blocks
-        )
+        blocks, first = len(backbone.text.blocks), self.first_text_block
+        if first > blocks:
+            raise DataError(
+                f"first_text_block is {first}, but {backbone.name} has only the blocks 0 to "
+                f"{blocks - 1}; {blocks} means none",
+                code="settings",
+            )
+        return range(first, blocks)
+
+    def for_method(self, method: Method) -> TrainSettings:
+        """The same budget for another method, at the learning rate that suits it."""
+        return replace(self, method=method, lr=LEARNING_RATES[method])
 
     def as_dict(self) -> dict[str, Scalar]:
         """All settings by name, for a manifest or a report."""

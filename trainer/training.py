@@ -1,10 +1,10 @@
-"""The training loop of `moe_adapter`: from a data set to experts and routers of one task.
+"""The training loop: from a data set to what a method learns of one task.
 
-Only this task's experts and routers are trained; everything else, and the experts of earlier tasks,
-is frozen. What random numbers a step uses follows from (seed, step) alone, and which images from
-(seed, epoch), so a checkpoint needs no generator's state and a resumed run ends in the same bits.
+It is the same for all methods; what is trained is the learner's affair (`trainer/methods`). What
+random numbers a step uses follows from (seed, step) alone, and which images from (seed, epoch), so
+a checkpoint needs no generator's state and a resumed run ends in the same bits.
 
-Legend: B images, C classes, L tokens, D width, E joint embedding width.
+Legend: B images, C classes, E joint embedding width.
 
 Source: MoE-Adapters, arXiv:2403.11549.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,34 +21,26 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
 from medley.backbone import Backbone
 from medley.errors import DataError
-from medley.experts import BlockExperts
 from medley.prompts import prompts
-from medley.tower import Block
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.datasets import ImageSet
-from trainer.experts import ExpertConfig, TowerMixture
+from trainer.methods import FrozenExperts, Learner, make_learner
 from trainer.settings import TrainSettings
-from trainer.trunk import Entrance, ImageTrunk, entrance_bytes, prompt_entrance
+from trainer.trunk import ImageTrunk, image_hidden
 
-__all__ = ["FrozenExperts", "History", "Learner", "Trained", "Watcher", "learning_rate", "train"]
+__all__ = ["History", "State", "Trained", "Watcher", "learning_rate", "train"]
 
 CACHE_BYTES = 3 * 2**30  # of trunk outputs, in memory
 CURVE_POINTS = 10  # how often held-out images are looked at in a run
 CURVE_IMAGES = 512  # at most so many of them
 
-
-@dataclass(frozen=True)
-class FrozenExperts:
-    """Experts of earlier tasks that a new router may choose, by tower, by block."""
-
-    vision: Mapping[int, BlockExperts] = field(default_factory=dict)
-    text: Mapping[int, BlockExperts] = field(default_factory=dict)
+State = Mapping[str, Tensor]  # of a learner
 
 
 @dataclass
@@ -73,71 +65,6 @@ class Watcher(Protocol):
         """A step is done; `step` counts from 1."""
 
 
-class Learner(nn.Module):
-    """Both towers' experts on a frozen backbone, from the entrances to features."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        class_prompts: Sequence[str],
-        settings: TrainSettings,
-        frozen: FrozenExperts,
-    ) -> None:
-        super().__init__()
-        config = ExpertConfig(
-            num_new=settings.num_experts,
-            bottleneck=settings.bottleneck,
-            top_k=settings.top_k,
-            scale=settings.scale,
-            dropout=settings.dropout,
-        )
-        tower = backbone.image
-        image_blocks = range(settings.first_image_block(backbone), len(tower.blocks))
-        self.vision = TowerMixture(tower.width, image_blocks, frozen.vision, config)
-        self.text: TowerMixture | None = None
-        self._backbone = _Unregistered(backbone)
-        tokens_NL = backbone.tokenize(class_prompts)
-        if backbone.text is None:
-            with torch.no_grad():
-                self._fixed_text_CE = F.normalize(
-                    backbone.model.encode_text(tokens_NL).float(), dim=-1
-                )
-            return
-        text_blocks = settings.text_blocks(backbone)
-        self.text = TowerMixture(backbone.text.width, text_blocks, frozen.text, config)
-        self._tokens_NL = _shortened(backbone, tokens_NL)
-        # Blocks before the first with experts never change: the prompts enter them once, not every
-        # step.
-        self._prompts = prompt_entrance(backbone, self._tokens_NL, text_blocks.start)
-
-    def image_features(
-        self, entrance: Entrance, *, observe: Callable[[int, Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Unit-length image features (B, E), float32, and the balance loss."""
-        tower = self._backbone.value.image
-        x_BLD, balance = _walk(
-            tower.blocks, self.vision, entrance, one_route=False, observe=observe
-        )
-        return F.normalize(tower.pool(x_BLD).float(), dim=-1), balance
-
-    def text_features(
-        self, *, observe: Callable[[int, Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Unit-length features of all class prompts (C, E), float32, and the balance loss.
-
-        In a causal tower token 0, the start of text, sees only itself: it is the same in every
-        prompt, so one routing decision serves all prompts (methods: constant text routing). In
-        training the prompts of a step then share one draw of noise.
-        """
-        tower = self._backbone.value.text
-        if tower is None or self.text is None:
-            return self._fixed_text_CE, self._fixed_text_CE.new_zeros(())
-        x_NLD, balance = _walk(
-            tower.blocks, self.text, self._prompts, one_route=tower.causal, observe=observe
-        )
-        return F.normalize(tower.pool(x_NLD, self._tokens_NL).float(), dim=-1), balance
-
-
 @dataclass(frozen=True)
 class Trained:
     """What a run of the loop leaves."""
@@ -153,21 +80,23 @@ def train(
     held_out: ImageSet | None,
     settings: TrainSettings,
     *,
-    frozen: FrozenExperts,
+    frozen: FrozenExperts | None = None,
+    initial: State | None = None,
     checkpoint: Path,
     identity: str,
     resume: bool,
     checkpoint_every_s: float,
     watcher: Watcher,
 ) -> Trained:
-    """Train one task's experts.
+    """Train the learner of `settings.method` on one task.
 
     Args:
         backbone: frozen.
         images: what gradients come from.
         held_out: what the curve of accuracy comes from, nothing else; None: no curve.
         settings: of the run.
-        frozen: experts of earlier tasks.
+        frozen: experts of earlier tasks that `moe_adapter` may choose.
+        initial: state of an earlier run's learner to start from; None: as the backbone is.
         checkpoint: file to write to, and to resume from.
         identity: of everything that decides the result; a checkpoint of another is refused.
         resume: go on from the checkpoint.
@@ -175,17 +104,21 @@ def train(
         watcher: told of every step.
 
     Raises:
-        DataError: nothing to resume from, or it is another run's; or the checkpoint cannot be
-        written.
+        DataError: nothing to resume from, or it is another run's; the checkpoint cannot be
+        written; or the settings do not suit the backbone.
     """
     torch.manual_seed(settings.seed)
     class_prompts = prompts(images.class_names, images.templates[0])
-    learner = Learner(backbone, class_prompts, settings, frozen).to(backbone.device)
+    learner = make_learner(backbone, class_prompts, settings, frozen or FrozenExperts()).to(
+        backbone.device
+    )
+    if initial is not None:
+        learner.load_state_dict(initial)
     optimiser = AdamW(learner.parameters(), lr=settings.lr, weight_decay=0.0)
     history = History()
     done = _restore(checkpoint, identity, learner, optimiser, history) if resume else 0
-    trunk = _trunk(backbone, images, settings)
-    curve = _Curve(backbone, held_out, settings) if held_out is not None else None
+    trunk = _trunk(learner, images, settings)
+    curve = _Curve(learner, held_out, settings) if held_out is not None else None
     labels_N = torch.from_numpy(images.labels.copy()).to(backbone.device)
     watcher.on_start(done, settings.iterations)
     written_s = time.monotonic()
@@ -211,7 +144,7 @@ def train(
         history.losses.append(float(loss.detach()))
         history.accuracies.append(accuracy)
         if curve is not None and curve.is_due(step + 1):
-            history.held_out.append((step + 1, curve.accuracy(learner)))
+            history.held_out.append((step + 1, curve.accuracy()))
         if time.monotonic() - written_s >= checkpoint_every_s:
             _save(checkpoint, identity, learner, optimiser, history)
             written_s = time.monotonic()
@@ -229,92 +162,45 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@dataclass(frozen=True)
-class _Unregistered:
-    """Keeps the frozen backbone out of the learner's parameters and checkpoints."""
-
-    value: Backbone
-
-
-def _walk(
-    blocks: Sequence[Block],
-    mixtures: TowerMixture,
-    entrance: Entrance,
-    *,
-    one_route: bool,
-    observe: Callable[[int, Tensor], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """Go from the entrance through all blocks with experts, as `RoutedModel` does."""
-    first, *rest = mixtures.blocks
-    attended_BLD = entrance.attended_BLD
-    if observe is not None:
-        observe(first, attended_BLD)
-    y_BLD, balance = mixtures[first](attended_BLD, one_route=one_route)
-    x_BLD = entrance.after_BLD + y_BLD
-    for index in rest:
-        x_BLD = blocks[index].attend(x_BLD, entrance.mask)
-        if observe is not None:
-            observe(index, x_BLD)
-        y_BLD, more = mixtures[index](x_BLD, one_route=one_route)
-        x_BLD = x_BLD + blocks[index].mlp(x_BLD) + y_BLD
-        balance = balance + more
-    return x_BLD, balance
-
-
-@torch.no_grad()
-def _shortened(backbone: Backbone, tokens_NL: Tensor) -> Tensor:
-    """Cut the padding that all prompts share, where that changes nothing.
-
-    In a causal tower no token sees a later one, so what follows the end of the longest prompt
-    cannot matter to the tokens before it; and the feature is read at the end of the text. A tower
-    that reads it elsewhere (the last position, say) is found out by trying.
-    """
-    text = backbone.text
-    assert text is not None
-    used = (
-        int(tokens_NL.ne(0).any(0).nonzero().max()) + 1
-    )  # 0 pads; where something else does, nothing is cut
-    if not text.causal or used == tokens_NL.shape[1]:
-        return tokens_NL
-    few_NL = tokens_NL[:4]
-    whole_NE, cut_NE = _features(backbone, few_NL), _features(backbone, few_NL[:, :used])
-    same = torch.allclose(whole_NE, cut_NE, rtol=1e-3, atol=1e-4)
-    return tokens_NL[:, :used] if same else tokens_NL
-
-
-def _features(backbone: Backbone, tokens_NL: Tensor) -> Tensor:
-    assert backbone.text is not None
-    last = len(backbone.text.blocks) - 1
-    entrance = prompt_entrance(backbone, tokens_NL, last)
-    return F.normalize(backbone.text.pool(entrance.after_BLD, tokens_NL).float(), dim=-1)
-
-
-def _trunk(backbone: Backbone, images: ImageSet, settings: TrainSettings) -> ImageTrunk:
+def _trunk(learner: Learner, images: ImageSet, settings: TrainSettings) -> ImageTrunk:
     """Cache as many copies as pay off: none if no image is seen twice, or if they do not fit."""
-    first = settings.first_image_block(backbone)
     seen = settings.iterations * settings.batch_size / len(images)
     wanted = min(max(1, settings.augmented_copies), math.ceil(seen))
-    fitting = CACHE_BYTES // (entrance_bytes(backbone, first) * len(images))
+    fitting = CACHE_BYTES // (_entrance_bytes(learner) * len(images))
     return ImageTrunk(
-        backbone,
+        learner.backbone,
         images,
-        first,
+        learner.first_image_block,
+        learner.enter,
         augment=settings.augmented_copies > 0,
         copies=0 if seen <= 1 else min(wanted, fitting),
         seed=settings.seed,
     )
 
 
+def _entrance_bytes(learner: Learner) -> int:
+    """How much memory the entrance of one image takes."""
+    height, width = learner.backbone.image_size
+    pixels_BCHW = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+    hidden_BLD = image_hidden(learner.backbone, pixels_BCHW, learner.first_image_block)
+    return learner.enter(hidden_BLD).nbytes
+
+
 class _Curve:
     """Accuracy on held-out images, a few times in a run."""
 
-    def __init__(self, backbone: Backbone, held_out: ImageSet, settings: TrainSettings) -> None:
+    def __init__(self, learner: Learner, held_out: ImageSet, settings: TrainSettings) -> None:
         chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[:CURVE_IMAGES]
-        self._images = held_out.subset(np.sort(chosen))
-        first = settings.first_image_block(backbone)
-        copies = CACHE_BYTES // (4 * entrance_bytes(backbone, first) * len(self._images))
+        self._learner, self._images = learner, held_out.subset(np.sort(chosen))
+        copies = CACHE_BYTES // (4 * _entrance_bytes(learner) * len(self._images))
         self._trunk = ImageTrunk(
-            backbone, self._images, first, augment=False, copies=min(1, copies), seed=0
+            learner.backbone,
+            self._images,
+            learner.first_image_block,
+            learner.enter,
+            augment=False,
+            copies=min(1, copies),
+            seed=0,
         )
         self._every = max(1, settings.iterations // CURVE_POINTS)
         self._last, self._size = settings.iterations, settings.batch_size
@@ -323,12 +209,12 @@ class _Curve:
         return step % self._every == 0 or step == self._last
 
     @torch.no_grad()
-    def accuracy(self, learner: Learner) -> float:
-        learner.eval()
-        text_CE, _ = learner.text_features()
+    def accuracy(self) -> float:
+        self._learner.eval()
+        text_CE, _ = self._learner.text_features()
         hits = 0
         for index_B in _parts(len(self._images), self._size):
-            features_BE, _ = learner.image_features(self._trunk.batch(index_B, 0))
+            features_BE, _ = self._learner.image_features(self._trunk.batch(index_B, 0))
             guess_B = (features_BE @ text_CE.T).argmax(1).cpu().numpy()
             hits += int((guess_B == self._images.labels[index_B]).sum())
         return hits / len(self._images)

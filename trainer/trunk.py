@@ -1,9 +1,7 @@
 """What a backbone's frozen part says of training images and prompts: computed once, not a step.
 
-Up to and including the attention of the first block with experts nothing is learnt, nor is that
-block's MLP, which runs beside the experts. So an image is here two tensors: the residual stream
-where the experts read it, and the output of the block without them. From there on it is the
-trainer's.
+What of the hidden state after the untrained blocks is worth keeping, its entrance, a learner itself
+says; from there on it is the learner's.
 
 Legend: B images, N prompts, L tokens, D width.
 """
@@ -26,12 +24,11 @@ from trainer.pixels import pixels_of
 
 __all__ = [
     "CHUNK",
+    "Enter",
     "Entrance",
     "ImageTrunk",
-    "enter",
-    "entrance_bytes",
-    "image_entrance",
-    "prompt_entrance",
+    "image_hidden",
+    "prompt_hidden",
 ]
 
 OnChunk = Callable[[int], None]
@@ -43,15 +40,22 @@ STEM_CHUNK = 16
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where the first experts enter."""
+    """Where a learner takes over: tensors (B, L, D), which ones is the learner's affair."""
 
-    attended_BLD: Tensor  # residual stream after that block's attention: what its experts read
-    after_BLD: Tensor  # the block's output without experts
+    tensors: tuple[Tensor, ...]
     mask: Mask = None
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def rows(self, index_B: Tensor) -> Entrance:
         """The entrance of some of the rows."""
-        return Entrance(self.attended_BLD[index_B], self.after_BLD[index_B], self.mask)
+        return Entrance(tuple(tensor[index_B] for tensor in self.tensors), self.mask)
+
+
+Enter = Callable[[Tensor], Entrance]  # from the hidden state of images (B, L, D); no gradient
 
 
 class ImageTrunk:
@@ -67,13 +71,14 @@ class ImageTrunk:
         backbone: Backbone,
         images: ImageSet,
         first_block: int,
+        enter: Enter,
         *,
         augment: bool,
         copies: int,
         seed: int,
     ) -> None:
         self.images = images
-        self._backbone, self._first_block = backbone, first_block
+        self._backbone, self._first_block, self._enter = backbone, first_block, enter
         self._augment, self._copies, self._seed = augment, copies, seed
         self._cached: dict[int, Entrance] = {}
 
@@ -95,63 +100,48 @@ class ImageTrunk:
         return self._cached[copy].rows(torch.from_numpy(index_B))
 
     def _fill(self, copy: int, on_chunk: OnChunk) -> Entrance:
-        whole: Entrance | None = None
+        whole: tuple[Tensor, ...] = ()
         for start in range(0, len(self.images), CHUNK):
             index_B = np.arange(start, min(start + CHUNK, len(self.images)))
             part = self._compute(index_B, copy)
-            if whole is None:
-                shape = (len(self.images), *part.attended_BLD.shape[1:])
-                whole = Entrance(
-                    part.attended_BLD.new_empty(shape), part.after_BLD.new_empty(shape)
+            if not whole:
+                whole = tuple(
+                    some_BLD.new_empty((len(self.images), *some_BLD.shape[1:]))
+                    for some_BLD in part.tensors
                 )
-            whole.attended_BLD[start : start + CHUNK] = part.attended_BLD
-            whole.after_BLD[start : start + CHUNK] = part.after_BLD
+            for all_NLD, some_BLD in zip(whole, part.tensors, strict=True):
+                all_NLD[start : start + CHUNK] = some_BLD
             on_chunk(len(index_B))
-        assert whole is not None
-        return whole
+        return Entrance(whole)
 
     def _compute(self, index_B: NDArray[np.int64], copy: int) -> Entrance:
-        index = index_B.tolist()
+        return self._enter(self._hidden(index_B.tolist(), copy))
+
+    def _hidden(self, index: Sequence[int], copy: int) -> Tensor:
         if not self._augment:
             hidden_BLD = kept_hidden(self._backbone, self._first_block, self.images, index)
             if hidden_BLD is not None:
-                return enter(self._backbone.image.blocks, hidden_BLD, None, self._first_block)
+                return hidden_BLD
         seed = (self._seed, copy) if self._augment else None
         pixels_BCHW = pixels_of(self._backbone, self.images, index, crop_seed=seed)
-        return image_entrance(self._backbone, pixels_BCHW, self._first_block)
-
-
-def entrance_bytes(backbone: Backbone, first_block: int) -> int:
-    """How much memory the entrance of one image takes."""
-    height, width = backbone.image_size
-    pixels_BCHW = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-    return 2 * image_entrance(backbone, pixels_BCHW, first_block).attended_BLD.nbytes
+        return image_hidden(self._backbone, pixels_BCHW, self._first_block)
 
 
 @torch.no_grad()
-def image_entrance(backbone: Backbone, pixels_BCHW: Tensor, first_block: int) -> Entrance:
-    """Run uint8 pixels through the frozen trunk."""
+def image_hidden(backbone: Backbone, pixels_BCHW: Tensor, first_block: int) -> Tensor:
+    """Run uint8 pixels through the stem and the first blocks, (B, L, D)."""
     tower = backbone.image
     images_BCHW = backbone.normalise(pixels_BCHW).contiguous(memory_format=torch.channels_last)
     patches_BLD = torch.cat([tower.stem(part) for part in images_BCHW.split(STEM_CHUNK)])
-    x_BLD = tower.embed(patches_BLD)
-    return enter(tower.blocks, _walked(tower.blocks[:first_block], x_BLD, None), None, first_block)
+    return _walked(tower.blocks[:first_block], tower.embed(patches_BLD), None)
 
 
 @torch.no_grad()
-def prompt_entrance(backbone: Backbone, tokens_NL: Tensor, first_block: int) -> Entrance:
-    """Run token ids through the frozen text blocks before the first one with experts."""
+def prompt_hidden(backbone: Backbone, tokens_NL: Tensor, first_block: int) -> tuple[Tensor, Mask]:
+    """Run token ids through the first text blocks; also return the mask for those that follow."""
     assert backbone.text is not None
     x_NLD, mask = backbone.text.embed(tokens_NL)
-    blocks = backbone.text.blocks
-    return enter(blocks, _walked(blocks[:first_block], x_NLD, mask), mask, first_block)
-
-
-@torch.no_grad()
-def enter(blocks: Sequence[Block], hidden_BLD: Tensor, mask: Mask, first_block: int) -> Entrance:
-    """Go on from the hidden state after `first_block` blocks to where the experts enter."""
-    attended_BLD = blocks[first_block].attend(hidden_BLD, mask)
-    return Entrance(attended_BLD, attended_BLD + blocks[first_block].mlp(attended_BLD), mask)
+    return _walked(backbone.text.blocks[:first_block], x_NLD, mask), mask
 
 
 def _walked(blocks: Sequence[Block], x_BLD: Tensor, mask: Mask) -> Tensor:

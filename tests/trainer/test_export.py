@@ -17,11 +17,11 @@ from tests.trainer.test_training import LABEL, SETTINGS, Watch
 from tests.trainer.tiny import NoLargeFiles, pictures
 from trainer.datasets import ImageSet, split
 from trainer.export import Usage, frozen_experts, keep, measure_usage
+from trainer.methods import FrozenExperts, MoeAdapter
 from trainer.pixels import pixels_of
 from trainer.run import learn
 from trainer.settings import TrainSettings
-from trainer.training import FrozenExperts, Learner
-from trainer.trunk import ImageTrunk, image_entrance
+from trainer.trunk import ImageTrunk, image_hidden
 
 Learnt = tuple[list[Bundle], list[ImageSet], bytes]
 COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
@@ -128,27 +128,27 @@ def test_frozen_experts_do_not_move_while_a_new_task_learns(
             assert torch.equal(tensor, tensors[name]), name
 
 
-def random_learner(backbone: Backbone, settings: TrainSettings) -> Learner:
-    learner = Learner(backbone, ["a red", "a green"], settings, FrozenExperts()).eval()
+def random_learner(backbone: Backbone, settings: TrainSettings) -> MoeAdapter:
+    learner = MoeAdapter(backbone, ["a red", "a green"], settings, FrozenExperts()).eval()
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.normal_(std=0.3)
     return learner
 
 
-def trunk_of(backbone: Backbone, images: ImageSet) -> ImageTrunk:
-    return ImageTrunk(backbone, images, 1, augment=False, copies=0, seed=0)
+def trunk_of(learner: MoeAdapter, images: ImageSet) -> ImageTrunk:
+    return ImageTrunk(learner.backbone, images, 1, learner.enter, augment=False, copies=0, seed=0)
 
 
 def test_the_routed_model_computes_what_was_trained(backbone: Backbone) -> None:
     settings = replace(SETTINGS, freeze_mass=1.0)
     learner, images = random_learner(backbone, settings), pictures(COLOURS[:2], 8)
-    usage = measure_usage(learner, trunk_of(backbone, images), settings)
+    usage = measure_usage(learner, trunk_of(learner, images), settings)
     experts = keep(learner, FrozenExperts(), usage, settings)
     model = RoutedModel(backbone, first_expert_block=1, capacity=CAPACITY)
     path = model.load(experts)
     pixels_BCHW = pixels_of(backbone, images, range(16))
-    ours_BE, _ = learner.image_features(image_entrance(backbone, pixels_BCHW, 1))
+    ours_BE = learner.image_features_of(image_hidden(backbone, pixels_BCHW, 1))
     paths_B = torch.full((16,), path)
     theirs_BE = model.encode_image(backbone.normalise(pixels_BCHW), paths_B)
     # Rounding the experts to bfloat16 costs 2^-9 a weight; random ones are worse than learnt ones.
@@ -158,8 +158,8 @@ def test_the_routed_model_computes_what_was_trained(backbone: Backbone) -> None:
 
 
 def test_usage_is_a_share_of_the_gates(backbone: Backbone) -> None:
-    trunk = trunk_of(backbone, pictures(["red"], 9))
-    usage = measure_usage(random_learner(backbone, SETTINGS), trunk, SETTINGS)
+    learner = random_learner(backbone, SETTINGS)
+    usage = measure_usage(learner, trunk_of(learner, pictures(["red"], 9)), SETTINGS)
     assert usage["vision"].keys() == {1, 2}
     assert usage["text"].keys() == {0, 1}
     for shares in (*usage["vision"].values(), *usage["text"].values()):

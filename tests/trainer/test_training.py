@@ -13,11 +13,12 @@ from tests.models import tiny_backbone
 from tests.trainer.tiny import NoLargeFiles, pictures
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.export import Label
+from trainer.methods import FrozenExperts, MoeAdapter
 from trainer.pixels import pixels_of
 from trainer.run import Outcome, learn
 from trainer.settings import PRESETS, TrainSettings
-from trainer.training import FrozenExperts, Learner, learning_rate
-from trainer.trunk import ImageTrunk, image_entrance
+from trainer.training import learning_rate
+from trainer.trunk import ImageTrunk, image_hidden
 
 LABEL = Label(task="colours", version="1", licence="CC0-1.0")
 SETTINGS = TrainSettings(
@@ -148,13 +149,14 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_cached_and_recomputed_trunks_agree(backbone: Backbone) -> None:
     index_B = np.array([3, 50, 7])
+    learner = MoeAdapter(backbone, ["a red"], SETTINGS, FrozenExperts())
     trunks = [
-        ImageTrunk(backbone, IMAGES, 1, augment=True, copies=copies, seed=5) for copies in (0, 2)
+        ImageTrunk(backbone, IMAGES, 1, learner.enter, augment=True, copies=copies, seed=5)
+        for copies in (0, 2)
     ]
     for epoch in (0, 1):
         recomputed, cached = (trunk.batch(index_B, epoch) for trunk in trunks)
-        torch.testing.assert_close(recomputed.attended_BLD, cached.attended_BLD)
-        torch.testing.assert_close(recomputed.after_BLD, cached.after_BLD)
+        torch.testing.assert_close(recomputed.tensors, cached.tensors)
 
 
 def test_random_crops_differ_by_epoch_and_repeat_by_seed(backbone: Backbone) -> None:
@@ -165,9 +167,9 @@ def test_random_crops_differ_by_epoch_and_repeat_by_seed(backbone: Backbone) -> 
 
 
 def test_a_fresh_learner_is_the_zero_shot_model(backbone: Backbone) -> None:
-    learner = Learner(backbone, ["a red", "yellow"], SETTINGS, FrozenExperts()).eval()
+    learner = MoeAdapter(backbone, ["a red", "yellow"], SETTINGS, FrozenExperts()).eval()
     pixels_BCHW = pixels_of(backbone, IMAGES, range(5))
-    image_BE, _ = learner.image_features(image_entrance(backbone, pixels_BCHW, 1))
+    image_BE = learner.image_features_of(image_hidden(backbone, pixels_BCHW, 1))
     text_CE, _ = learner.text_features()
     model = backbone.model
     plain_BE = model.encode_image(backbone.normalise(pixels_BCHW), normalize=True)
