@@ -1,53 +1,27 @@
 """The routed model computes what the reference of MoE-Adapters computes (golden vectors, 1e-4)."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import load_file
 from torch import Tensor
 
-from medley.backbone import Backbone, wrap
+from medley.backbone import Backbone
 from medley.experts import BlockExperts, TaskExperts
 from medley.routed import ZERO_SHOT, RoutedModel
+from tests.golden_model import CONFIG, close, golden_backbone, load_golden
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = json.loads((GOLDEN / "moe_adapters_small.json").read_text())
 PATHS = ("zero_shot", "task0", "task1", "task5")
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "moe_adapters_small.safetensors")
+    return load_golden()
 
 
 @pytest.fixture(scope="module")
 def backbone(golden: dict[str, Tensor]) -> Backbone:
-    model = CLIP(
-        CONFIG["embed_dim"],
-        CLIPVisionCfg(
-            layers=CONFIG["vision_layers"],
-            width=CONFIG["vision_width"],
-            head_width=64,
-            patch_size=CONFIG["patch_size"],
-            image_size=CONFIG["image_size"],
-        ),
-        CLIPTextCfg(
-            context_length=CONFIG["context_length"],
-            vocab_size=CONFIG["vocab_size"],
-            width=CONFIG["text_width"],
-            heads=1,
-            layers=CONFIG["text_layers"],
-        ),
-        quick_gelu=True,
-    )
-    ours = model.state_dict().keys()
-    frozen = {k.removeprefix("model."): v for k, v in golden.items() if k.startswith("model.")}
-    model.load_state_dict({k: v for k, v in frozen.items() if k in ours}, strict=True)
-    return wrap(model, name="golden", tokenizer=lambda texts: golden["input.text"][: len(texts)])
+    return golden_backbone(golden)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +63,6 @@ def task_experts(golden: dict[str, Tensor], task: int) -> TaskExperts:
 
 def path_of(name: str) -> int:
     return ZERO_SHOT if name == "zero_shot" else {"task0": 0, "task1": 1, "task5": 2}[name]
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", PATHS)
