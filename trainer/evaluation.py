@@ -33,7 +33,7 @@ from trainer.export import BUCKET, capacity_for
 from trainer.pixels import pixels_of
 from trainer.trunk import CHUNK
 
-__all__ = ["Case", "Evaluation", "Score", "evaluate", "served"]
+__all__ = ["Case", "Evaluation", "Score", "evaluate", "linear_probe", "served"]
 
 PROBE_STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # C of the logistic regression
 Progress = Callable[[int], None]
@@ -208,9 +208,8 @@ class _Stream:
         if case.train is None:
             return None
         train_ME = self._zero_shot(case.train)
-        return _probe(case.train, train_ME.numpy(), seed).score(
-            features_NE.numpy(), case.test.labels
-        )
+        probe = linear_probe(train_ME.numpy(), case.train.labels, seed)
+        return probe.score(features_NE.numpy(), case.test.labels)
 
     def _zero_shot(self, images: ImageSet) -> Tensor:
         backbone = self._classifier.model.backbone
@@ -258,19 +257,21 @@ class _Accuracy:
         return int(logits(features_E, self._texts[case, path], scale).argmax())
 
 
-def _probe(train: ImageSet, features_NE: NDArray[np.float32], seed: int) -> Pipeline:
-    """Fit on all, with the strength of regularisation that does best on a fifth."""
-    order = np.random.default_rng(seed).permutation(len(train))
+def linear_probe(
+    features_NE: NDArray[np.float32], labels_N: NDArray[np.int64], seed: int
+) -> Pipeline:
+    """Fit a logistic regression on all images, with the strength that does best on a fifth."""
+    order = np.random.default_rng(seed).permutation(len(labels_N))
     fifth = len(order) // 5
     part, rest = order[:fifth], order[fifth:]
 
     def fitted(strength: float, rows: NDArray[np.int64]) -> Pipeline:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-        return probe.fit(features_NE[rows], train.labels[rows])
+        return probe.fit(features_NE[rows], labels_N[rows])
 
     best = max(
         PROBE_STRENGTHS,
-        key=lambda strength: fitted(strength, rest).score(features_NE[part], train.labels[part]),
+        key=lambda strength: fitted(strength, rest).score(features_NE[part], labels_N[part]),
     )
     return fitted(best, order)
 

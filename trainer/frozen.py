@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -98,9 +99,9 @@ class FrozenStore:
                 whole.mkdir()
                 self._write(images, whole, on_images)
                 whole.rename(home)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             if not home.exists():  # otherwise another process was quicker, with the same bits
-                raise DataError(f"cannot write {home}: {error.strerror}") from error
+                raise DataError(f"cannot write {home}: {error}") from error
 
     def _write(self, images: ImageSet, folder: Path, on_images: OnImages) -> None:
         taps: dict[str, list[Tensor]] = {name: [] for name in self._taps}

@@ -31,7 +31,7 @@ from trainer.export import (
     measure_usage,
     require_exportable,
 )
-from trainer.methods import MoeAdapter
+from trainer.methods import MoeAdapter, ParameterCounts
 from trainer.plots import curves_png, usage_png
 from trainer.settings import TrainSettings
 from trainer.training import History, Watcher, train
@@ -46,6 +46,7 @@ class Outcome:
     bundle: Bundle
     path: Path
     report: dict[str, Any]
+    counts: ParameterCounts
 
 
 def learn(
@@ -93,8 +94,9 @@ def learn(
     assert isinstance(learner, MoeAdapter)
     usage = measure_usage(learner, trained.trunk, settings)
     path = folder / f"{name}.safetensors"
+    kept = keep(learner, frozen, usage, settings)
     bundle = export(
-        keep(learner, frozen, usage, settings),
+        kept,
         backbone,
         train_part,
         held_out,
@@ -109,7 +111,7 @@ def learn(
         "export_s": round(time.monotonic() - trained_s, 1),
     }
     _write_reports(details, report, trained.history, usage)
-    return Outcome(bundle, path, report)
+    return Outcome(bundle, path, report, learner.counts(kept))
 
 
 def _check_names(label: Label, images: ImageSet) -> None:
