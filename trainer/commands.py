@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from trainer.bench.commands import bench
+from trainer.data_commands import data_commands
 from trainer.pretrain.command import pretrain_command
 from trainer.progress import bars
 
@@ -26,6 +28,8 @@ __all__ = ["commands"]
 
 commands = typer.Typer(no_args_is_help=True)
 commands.command("pretrain")(pretrain_command)
+commands.add_typer(bench, name="bench")
+commands.add_typer(data_commands, name="data")
 out, err = Console(), Console(stderr=True)
 
 

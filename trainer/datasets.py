@@ -42,6 +42,7 @@ __all__ = [
     "read_folder",
     "require_trainable",
     "split",
+    "unreadable",
 ]
 
 Split = Literal["train", "test"]
@@ -320,6 +321,17 @@ def few_shot(image_set: ImageSet, shots: int, seed: int) -> ImageSet:
     return image_set.subset(sorted(chosen))
 
 
+def unreadable(picture: Picture) -> str | None:
+    """Why a picture cannot be decoded, or nothing."""
+    try:
+        picture.image()
+    except ImageError as error:
+        return f"{picture.path}: {error}" if isinstance(picture, FilePicture) else str(error)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def _open(spec: str, split: Split, cache: Path, skip_unreadable: bool) -> ImageSet:
     if spec.startswith(SUITE_PREFIX):
         from trainer.suite import (
@@ -414,7 +426,7 @@ def _csv_rows(path: Path) -> list[tuple[str, str]]:
 def _readable(image_set: ImageSet, skip_unreadable: bool) -> ImageSet:
     """Decode everything once: a bad file is met before an hour of training, not after."""
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter lock
-        problems = list(pool.map(_problem, (picture for picture, _ in image_set.items)))
+        problems = list(pool.map(unreadable, (picture for picture, _ in image_set.items)))
     bad = [problem for problem in problems if problem is not None]
     if not bad:
         return image_set
@@ -423,16 +435,6 @@ def _readable(image_set: ImageSet, skip_unreadable: bool) -> ImageSet:
         raise DataError(text)
     _log.warning("%s; left out", text)
     return image_set.subset(index for index, problem in enumerate(problems) if problem is None)
-
-
-def _problem(picture: Picture) -> str | None:
-    try:
-        picture.image()
-    except ImageError as error:
-        return f"{picture.path}: {error}" if isinstance(picture, FilePicture) else str(error)
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def _refuse_duplicates(name: str, class_names: Sequence[str]) -> None:

@@ -92,6 +92,8 @@ def open_suite(name: str, *, root: Path | None = None, cache: Path = DEFAULT_CAC
     match name:
         case "small":
             return _small(cache)
+        case "mtil":
+            return _mtil(root)
         case _:
             raise DataError(f"there is no suite {name!r}; there are {', '.join(SUITES)}")
 
@@ -116,6 +118,17 @@ def _small(cache: Path) -> Suite:
         tasks=TASKS,
         orders={"I": TASKS, "II": TASKS[::-1], "smoke": ("animals", "flags", "letters")},
         loader=lambda task, split: load_task(task, split, cache=cache),
+    )
+
+
+def _mtil(root: Path | None) -> Suite:
+    from trainer.mtil import ORDERS, TASKS, load_task
+
+    return Suite(
+        name="mtil",
+        tasks=TASKS,
+        orders=ORDERS,
+        loader=lambda task, split: load_task(task, split, root=root),
     )
 
 

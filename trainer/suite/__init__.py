@@ -4,6 +4,7 @@ Images are rebuilt on the machine that wants them and cached; none is committed.
 task may touch (names of openmoji, held-out concepts) is not here: it is part of the base's recipe.
 """
 
-from trainer.suite.recipes import TASKS, licences, load_task
+from trainer.suite.cards import CARDS, problems
+from trainer.suite.recipes import TASKS, cached_file, licences, load_task
 
-__all__ = ["TASKS", "licences", "load_task"]
+__all__ = ["CARDS", "TASKS", "cached_file", "licences", "load_task", "problems"]

