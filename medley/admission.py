@@ -105,6 +105,12 @@ def _check_backbone(bundle: Bundle, classifier: Classifier) -> None:
             problems.append(f"{tower} experts are {spec.width} wide, the tower is {width}")
         if any(block >= blocks for block in spec.blocks):
             problems.append(f"{tower} experts up to block {max(spec.blocks)}, there are {blocks}")
+    for feature, digest in manifest.selector.extractors.items():
+        extractor = classifier.model.extractors.get(feature)
+        if extractor is None:
+            problems.append(f"its selector looks at {feature}, whose network is not loaded here")
+        elif extractor.digest != digest:
+            problems.append(f"{feature}: made with weights {digest}, here are {extractor.digest}")
     if problems:
         raise BundleError(problems, code="wrong_backbone")
 

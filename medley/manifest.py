@@ -37,6 +37,7 @@ __all__ = [
 
 FORMAT = 2  # that is written
 READABLE_FORMATS = (1, 2)
+_FOREIGN = "alexnet:"  # how a feature begins that is not the backbone's
 _UNSEALED = "0" * 64
 
 
@@ -147,7 +148,8 @@ class SelectorSpec(_Part):
 
     `threshold` null accepts every image; `alpha`, the share of its own images that the task may
     refuse, is null where nothing was calibrated. With a `reference`, an image's score must also be
-    within `margin` of its score there.
+    within `margin` of its score there. `extractors` has the digest of the weights behind every
+    feature that is not the backbone's.
     """
 
     levels: Annotated[tuple[LevelSpec, ...], Field(min_length=1, max_length=16)]
@@ -155,7 +157,18 @@ class SelectorSpec(_Part):
     threshold: float | None
     reference: LevelSpec | None = None
     margin: float | None = None
+    extractors: dict[Feature, Digest] = {}
     calibration: Calibration
+
+    @model_validator(mode="after")
+    def _every_foreign_feature_with_its_extractor(self) -> Self:
+        levels = self.levels if self.reference is None else (*self.levels, self.reference)
+        foreign = {f for level in levels if (f := level.feature).startswith(_FOREIGN)}
+        if foreign != self.extractors.keys():
+            raise ValueError(
+                f"extractors of {sorted(self.extractors)}, but features {sorted(foreign)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reference_with_margin(self) -> Self:
@@ -168,9 +181,8 @@ class SelectorSpec(_Part):
         levels = [level for level in self.levels if isinstance(level, AutoencoderSpec)]
         return (
             len(levels) == len(self.levels)
-            and not self.model_fields_set & {"reference", "margin"}
+            and not self.model_fields_set & {"reference", "margin", "extractors"}
             and not any(level.model_fields_set & {"kind", "output"} for level in levels)
-            and not any(level.feature.startswith("alexnet:") for level in levels)
         )
 
 

@@ -69,8 +69,10 @@ def selector_tensors(selector: TaskSelector) -> dict[str, Tensor]:
     }
 
 
-def selector_spec(selector: TaskSelector, calibration: Calibration) -> SelectorSpec:
-    """Describe a selector for the manifest."""
+def selector_spec(
+    selector: TaskSelector, calibration: Calibration, *, extractors: Mapping[str, str] | None = None
+) -> SelectorSpec:
+    """Describe a selector for the manifest, with the digests of the extractors it looks at."""
     reference = selector.reference
     return SelectorSpec(
         levels=tuple(_level_spec(level) for level in selector.levels),
@@ -78,6 +80,7 @@ def selector_spec(selector: TaskSelector, calibration: Calibration) -> SelectorS
         threshold=None if selector.threshold == math.inf else selector.threshold,
         reference=None if reference is None else _level_spec(reference),
         margin=selector.margin,
+        extractors=dict(extractors or {}),
         calibration=calibration,
     )
 

@@ -32,6 +32,7 @@ from medley.extractor import Extractor
 from medley.manifest import Manifest, SelfTest, Training
 from medley.prompts import class_text_features
 from medley.routed import RoutedModel
+from medley.selector import TaskSelector
 from trainer.datasets import ImageSet
 from trainer.export import capacity_for
 from trainer.imports.autochooser import THRESHOLD, Autochooser
@@ -126,7 +127,7 @@ def _write(
         scale=experts.scale,
         vision=tower_spec(backbone.image.width, experts.vision),
         text=tower_spec(backbone.text.width if backbone.text else 1, experts.text),
-        selector=selector_spec(selector, calibration),
+        selector=selector_spec(selector, calibration, extractors=_digests(model, selector)),
         training=_training(source.checkpoint, task),
         licence=source.licence,
         self_test=SelfTest(
@@ -148,6 +149,12 @@ def _selector(source: Source, model: RoutedModel, task: int, images: ImageSet | 
     if source.autochooser is not None:
         return authors(source.autochooser, task, error=source.threshold)
     return accepting_nothing(model) if images is None else fitted(model, images)
+
+
+def _digests(model: RoutedModel, selector: TaskSelector) -> dict[str, str]:
+    """What identifies the weights behind the features that are not the backbone's."""
+    features = {level.feature for level in selector.levels}
+    return {tap: e.digest for tap, e in model.extractors.items() if tap in features}
 
 
 def _training(checkpoint: Checkpoint, task: int) -> Training:
