@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from medley.bundle import expert_tensors, selector_spec, selector_tensors, tower_spec
 from medley.experts import BlockExperts
-from medley.levels import AutoencoderLevel
+from medley.levels import AutoencoderLevel, GaussianLevel, Level, PrototypeLevel
 from medley.manifest import BackboneRef, Calibration, Manifest, SelfTest, Training
 from medley.selector import TaskSelector
 
-__all__ = ["TINY_BACKBONE", "random_experts", "random_selector", "tiny_bundle"]
+__all__ = [
+    "LEVEL_KINDS",
+    "TINY_BACKBONE",
+    "random_experts",
+    "random_level",
+    "random_selector",
+    "tiny_bundle",
+]
 
 TINY_BACKBONE = BackboneRef(
     name="tiny", fingerprint="sha256:" + "ab" * 32, image_size=(4, 6), embed_dim=5
@@ -46,6 +54,34 @@ def random_selector(
         levels=tuple(_random_level(f, F, code_size, random) for f, F in widths.items()),
         threshold=2.5,
         alpha=0.02,
+    )
+
+
+LEVEL_KINDS = ("autoencoder", "sigmoid", "gaussian", "prototype")
+
+
+def random_level(
+    kind: str, feature: str, F: int, *, size: int = 3, random: torch.Generator
+) -> Level:
+    """Build a level of one of `LEVEL_KINDS`; `size` is its code size, classes or prototypes."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    scale: dict[str, Any] = {"feature": feature, "center": float(normal(1)), "spread": 0.7}
+    if kind == "gaussian":
+        return GaussianLevel(means_KF=normal(size, F), whitening_FW=normal(F, F - 1), **scale)
+    if kind == "prototype":
+        return PrototypeLevel(prototypes_KF=normalize(normal(size, F), dim=1), **scale)
+    return AutoencoderLevel(
+        mean_F=normal(F),
+        std_F=normal(F).abs() + 0.5,
+        encoder_FC=normal(F, size) / F**0.5,
+        encoder_bias_C=normal(size),
+        decoder_CF=normal(size, F) / size**0.5,
+        decoder_bias_F=normal(F),
+        output="sigmoid" if kind == "sigmoid" else "linear",
+        **scale,
     )
 
 

@@ -15,11 +15,13 @@ from kernels.autoencoder_errors import autoencoder_errors
 from medley.levels import AutoencoderLevel
 from medley.routed import ZERO_SHOT
 from medley.selector import (
+    STRICTLY_LESS,
     SelectorBank,
     TaskSelector,
     conformal_threshold,
     fixed_threshold,
 )
+from tests.fakes import LEVEL_KINDS, random_level
 
 WIDTHS = {"stem:mean_std": 48, "block4:mean": 24, "embedding": 32}
 
@@ -50,13 +52,40 @@ def _taps(B: int = 6, *, seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(B, F, generator=g) for name, F in WIDTHS.items()}
 
 
-# One task of each kind: one level, two, three, another code size, the same feature twice.
+def _of_kinds(*kinds: str, seed: int, reference: str | None = None) -> TaskSelector:
+    g = torch.Generator().manual_seed(seed)
+    features = list(WIDTHS.items())
+    return TaskSelector(
+        tuple(random_level(k, *features[i % 3], random=g) for i, k in enumerate(kinds)),
+        threshold=3.0,
+        alpha=0.02,
+        reference=None if reference is None else random_level(reference, *features[0], random=g),
+        margin=None if reference is None else 0.5,
+    )
+
+
+def _against(selector: TaskSelector, *, margin: float) -> TaskSelector:
+    return replace(selector, reference=_level("stem:mean_std", seed=99), margin=margin)
+
+
+# One task of each kind: one level, two, three, another code size, the same feature twice; levels of
+# every kind, with and without a reference of its own or of two tasks.
 SELECTORS = {
     3: _selector("stem:mean_std", seed=1),
     0: _selector("stem:mean_std", "block4:mean", seed=2),
     7: _selector("embedding", "stem:mean_std", "block4:mean", seed=3),
     5: TaskSelector((_level("block4:mean", seed=4, code_size=5),), threshold=-1.0, alpha=0.05),
     6: _selector("embedding", "embedding", seed=6),
+    8: _of_kinds("gaussian", seed=8),
+    9: _of_kinds("prototype", "sigmoid", "gaussian", "prototype", seed=9),
+    10: _of_kinds("gaussian", "prototype", "autoencoder", seed=10, reference="autoencoder"),
+    11: _of_kinds("autoencoder", "prototype", seed=10, reference="gaussian"),
+    12: replace(
+        _selector("stem:mean_std", seed=12), reference=_level("stem:mean_std", seed=99), margin=-0.1
+    ),
+    13: replace(
+        _selector("stem:mean_std", seed=13), reference=_level("stem:mean_std", seed=99), margin=0.2
+    ),
 }
 
 
@@ -77,14 +106,13 @@ def test_a_score_is_the_sum_of_the_standardised_log_errors() -> None:
 
 
 def test_columns_are_the_paths_in_ascending_order() -> None:
-    bank = _bank(3, 0, 7, 5, 6)
+    bank = _bank(3, 0, 12, 7, 5, 6)
     taps = _taps()
     scores_BT, accepted_BT = bank.scores(taps, 6)
-    assert bank.tasks == (0, 3, 5, 6, 7)
+    assert bank.tasks == (0, 3, 5, 6, 7, 12)
     for column, path in enumerate(bank.tasks):
-        alone_B = SELECTORS[path].scores(taps)
-        assert torch.equal(scores_BT[:, column], alone_B)
-        assert torch.equal(accepted_BT[:, column], alone_B <= SELECTORS[path].threshold)
+        assert torch.equal(scores_BT[:, column], SELECTORS[path].scores(taps))
+        assert torch.equal(accepted_BT[:, column], SELECTORS[path].accepted(taps))
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,21 +120,28 @@ def test_columns_are_the_paths_in_ascending_order() -> None:
 def test_other_tasks_and_their_order_do_not_change_a_score_by_a_bit(
     order: list[int], count: int
 ) -> None:
-    taps = _taps()
+    taps = _taps(30)
     bank = _bank(*order)
     for path in order[count:]:
         bank.remove(path)
-    scores_BT, _ = bank.scores(taps, 6)
+    scores_BT, accepted_BT = bank.scores(taps, 30)
     for column, path in enumerate(bank.tasks):
         assert torch.equal(scores_BT[:, column], SELECTORS[path].scores(taps))
+        assert torch.equal(accepted_BT[:, column], SELECTORS[path].accepted(taps))
 
 
-def test_neighbours_do_not_change_a_score_by_a_bit() -> None:
-    bank, taps = _bank(*SELECTORS), _taps(8)
-    other = {name: 50 * x for name, x in taps.items()}
+@settings(max_examples=40, deadline=None)
+@given(
+    row=st.integers(0, 15),
+    scale=st.sampled_from([0.0, 1e-20, 0.5, 50.0, 1e30, math.inf, math.nan]),
+)
+def test_neighbours_do_not_change_a_score_by_a_bit(row: int, scale: float) -> None:
+    bank, taps = _bank(*SELECTORS), _taps(16)
+    other = {name: scale * x for name, x in taps.items()}
     for name, x in taps.items():
-        other[name][2] = x[2]
-    assert torch.equal(bank.scores(taps, 8)[0][2], bank.scores(other, 8)[0][2])
+        other[name][row] = x[row]
+    for alone, crowd in zip(bank.scores(taps, 16), bank.scores(other, 16), strict=True):
+        assert torch.equal(alone[row], crowd[row])
 
 
 def test_the_bank_asks_for_the_union_of_features_and_no_more() -> None:
@@ -160,14 +195,114 @@ def test_no_image_goes_where_it_is_not_accepted_and_eligible(data: st.DataObject
         assert path in allowed if allowed else path == ZERO_SHOT
 
 
-def test_a_broken_feature_is_claimed_by_nobody() -> None:
+@pytest.mark.parametrize("path", SELECTORS)
+def test_a_broken_feature_is_claimed_by_nobody(path: int) -> None:
     taps = _taps(3)
     for x_BF in taps.values():
         x_BF[0], x_BF[1] = math.nan, math.inf
+    selector = replace(SELECTORS[path], threshold=math.inf)
+    if selector.reference is not None:
+        selector = replace(selector, margin=1e30)
+    assert selector.accepted(taps).tolist() == [False, False, True]
+
+
+def test_an_image_must_be_more_familiar_than_to_the_reference() -> None:
+    taps, reference = _taps(200), _level("stem:mean_std", seed=99)
+    plain = _selector("stem:mean_std", seed=12)
+    scores_B = plain.scores(taps)
+    beyond_B = scores_B - TaskSelector((reference,), threshold=0.0, alpha=None).scores(taps)
+    plain = replace(plain, threshold=float(scores_B.median()))
+    selector = replace(plain, reference=reference, margin=float(beyond_B.median()))
+    near_B, accepted_B = beyond_B <= beyond_B.median(), plain.accepted(taps)
+    assert torch.equal(selector.scores(taps), scores_B)
+    assert torch.equal(selector.accepted(taps), accepted_B & near_B)
+    assert int((accepted_B & near_B).sum()) > 10
+    assert int((accepted_B & ~near_B).sum()) > 10
+
+
+def test_a_tie_with_the_reference_goes_to_the_task_or_to_the_reference_as_the_margin_says() -> None:
+    level = _level("embedding", seed=5)
+    taps = _taps(20)
+    for margin, accepted in ((0.0, True), (STRICTLY_LESS, False)):
+        selector = TaskSelector((level,), math.inf, alpha=None, reference=level, margin=margin)
+        assert selector.accepted(taps).tolist() == [accepted] * 20
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-100, 100, width=32), st.integers(1, 3))
+def test_the_strict_margin_lets_every_smaller_score_in(reference: float, steps: int) -> None:
+    smaller = torch.tensor(reference)
+    for _ in range(steps):
+        smaller = smaller.nextafter(torch.tensor(-math.inf))
+    difference = smaller - torch.tensor(reference)
+    assert bool(difference <= STRICTLY_LESS) == (float(difference) < -1e-38)
+    assert not torch.tensor(0.0) <= torch.tensor(STRICTLY_LESS)
+
+
+def _nearness(feature: str, *, seed: int) -> AutoencoderLevel:
+    """An autoencoder that always says its mean, so that the nearest has the least error."""
+    level = _level(feature, seed=seed)
+    return replace(
+        level,
+        std_F=torch.ones_like(level.std_F),
+        decoder_CF=torch.zeros_like(level.decoder_CF),
+        decoder_bias_F=torch.zeros_like(level.decoder_bias_F),
+        center=0.0,
+        spread=1.0,
+    )
+
+
+def test_the_papers_rule_is_the_least_error_unless_it_is_the_references() -> None:
+    # Methods: argmin over the reference, which comes first, and the tasks, then one threshold.
+    taps, limit, paths = _taps(300), 1.9, (0, 1, 2)
+    levels = [_nearness("embedding", seed=seed) for seed in range(4)]
+    errors_BX = torch.stack(
+        [TaskSelector((x,), 0.0, alpha=None).scores(taps).exp() for x in levels], 1
+    )
+    least_B = errors_BX.argmin(1)
+    unknown_B = (least_B == 0) | (errors_BX.amin(1) > limit)
     bank = SelectorBank()
-    bank.add(0, replace(SELECTORS[7], threshold=math.inf))
-    _, accepted_BT = bank.scores(taps, 3)
-    assert accepted_BT[:, 0].tolist() == [False, False, True]
+    for path, level in zip(paths, levels[1:], strict=True):
+        bank.add(
+            path,
+            TaskSelector(
+                (level,), math.log(limit), alpha=None, reference=levels[0], margin=STRICTLY_LESS
+            ),
+        )
+    scores_BT, accepted_BT = bank.scores(taps, 300)
+    paths_B = bank.decide(scores_BT, accepted_BT, torch.ones_like(accepted_BT))
+    assert torch.equal(paths_B, torch.where(unknown_B, ZERO_SHOT, least_B - 1))
+    assert set(paths_B.tolist()) == {ZERO_SHOT, *paths}
+
+
+def test_tasks_that_bring_the_same_reference_share_one_column() -> None:
+    bank = _bank(12, 13, 3)
+    taps = _taps(8)
+    before = bank.scores(taps, 8)
+    assert sum(len(group.columns_G) for group in bank._groups) == 4  # three tasks, one reference
+    bank.remove(12)
+    after = bank.scores(taps, 8)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, [0, 2]], b)
+
+
+@pytest.mark.parametrize("margin", [None, math.nan, math.inf, -math.inf])
+def test_a_reference_without_a_number_for_its_margin_is_refused(margin: float | None) -> None:
+    with pytest.raises(ValueError, match="margin"):
+        replace(SELECTORS[12], margin=margin)
+
+
+def test_a_margin_without_a_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="a margin a reference"):
+        replace(SELECTORS[3], margin=0.0)
+
+
+def test_the_bank_asks_for_the_features_of_references_too() -> None:
+    assert _bank(11).taps == ("block4:mean", "stem:mean_std")
+    reference = _level("embedding", seed=1)
+    bank = SelectorBank()
+    bank.add(3, replace(SELECTORS[3], reference=reference, margin=0.0))
+    assert bank.taps == ("embedding", "stem:mean_std")
 
 
 def test_a_perfect_reconstruction_has_a_finite_score() -> None:
@@ -179,9 +314,12 @@ def test_a_perfect_reconstruction_has_a_finite_score() -> None:
     assert selector.scores({"block4:mean": perfect.mean_F[None]}).isfinite().all()
 
 
-def test_a_feature_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="has shape"):
-        _bank(3).scores({"stem:mean_std": torch.zeros(2, 40)}, 2)
+@pytest.mark.parametrize("kind", LEVEL_KINDS)
+def test_a_feature_of_another_width_is_refused(kind: str) -> None:
+    selector = _of_kinds(kind, seed=0)
+    for shape in ((2, 40), (2, 48, 1), (2,)):
+        with pytest.raises(ValueError, match="shape"):
+            selector.scores({"stem:mean_std": torch.zeros(shape)})
 
 
 def test_the_fixed_threshold_accepts_what_has_a_smaller_plain_error() -> None:
