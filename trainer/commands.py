@@ -15,6 +15,7 @@ from rich.table import Table
 
 from trainer.bench.commands import bench
 from trainer.data_commands import data_commands
+from trainer.imports.command import import_commands
 from trainer.pretrain.command import pretrain_command
 from trainer.progress import bars
 
@@ -30,6 +31,7 @@ commands = typer.Typer(no_args_is_help=True)
 commands.command("pretrain")(pretrain_command)
 commands.add_typer(bench, name="bench")
 commands.add_typer(data_commands, name="data")
+commands.add_typer(import_commands, name="import")
 out, err = Console(), Console(stderr=True)
 
 

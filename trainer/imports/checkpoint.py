@@ -34,6 +34,8 @@ _RESBLOCKS: dict[Tower, str] = {
     "vision": "visual.transformer.resblocks",
     "text": "transformer.resblocks",
 }
+# What the authors have put into a block; ln_3, mean and std are there and never used.
+_NOT_FROZEN = (".adaptmlp", ".router", ".w_noise", ".ln_3.", ".mean", ".std")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,14 @@ class Checkpoint:
         if tasks != list(range(len(tasks))) or not tasks:
             raise self._refused(f"the routers of tasks {tasks} are trained, and no others")
         return len(tasks)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The whole CLIP under everything that was learnt, in float32, by open_clip's names."""
+        return {
+            name: tensor.float().contiguous()
+            for name, tensor in self.tensors.items()
+            if not any(mark in f".{name}" for mark in _NOT_FROZEN)
+        }
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone that is not the frozen part of this checkpoint, up to rounding.

@@ -10,8 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from medley.errors import DataError
 from medley.manifest import ClassName, Template
+from trainer.mtil.words import TEMPLATES, class_entries
+from trainer.suites import open_suite
 
-__all__ = ["TaskText", "read_tasks"]
+__all__ = ["TaskText", "mtil_tasks", "read_tasks"]
 
 
 def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -53,3 +55,19 @@ def read_tasks(path: Path) -> tuple[TaskText, ...]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name}: {error}") from error
     return tasks
+
+
+def mtil_tasks(order: str = "I") -> tuple[TaskText, ...]:
+    """The tasks of MTIL with the class names and templates of the reference; it needs no images.
+
+    Raises:
+        DataError: MTIL has no such order and no such tasks.
+    """
+    return tuple(
+        TaskText(
+            task=task,
+            class_names=tuple(entry.name for entry in class_entries(task)),
+            templates=TEMPLATES[task],
+        )
+        for task in open_suite("mtil").order(order)
+    )
