@@ -137,9 +137,9 @@ def _level_spec(level: Level) -> LevelSpec:
         return AutoencoderSpec(**common, width=F, code_size=C, output=level.output)
     if isinstance(level, GaussianLevel):
         (K, F), W = level.means_KF.shape, level.whitening_FW.shape[1]
-        return GaussianSpec(**common, width=F, classes=K, rank=W)
+        return GaussianSpec(**common, kind="gaussian", width=F, classes=K, rank=W)
     K, F = level.prototypes_KF.shape
-    return PrototypeSpec(**common, width=F, prototypes=K)
+    return PrototypeSpec(**common, kind="prototype", width=F, prototypes=K)
 
 
 def _level(place: str, spec: LevelSpec, tensors: Mapping[str, Tensor]) -> Level:
