@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.autoencoder_errors import autoencoder_errors
+from kernels.autoencoder_errors import Output, autoencoder_errors
+
+OUTPUTS: tuple[Output, ...] = ("linear", "sigmoid")
 
 
 def _weights(T: int, F: int, C: int, *, seed: int = 0) -> tuple[Tensor, ...]:
@@ -27,7 +29,7 @@ def _features(B: int, F: int, *, seed: int = 1) -> Tensor:
     return torch.randn(B, F, generator=torch.Generator().manual_seed(seed))
 
 
-def _by_hand(x_F: Tensor, task: list[Tensor]) -> Tensor:
+def _by_hand(x_F: Tensor, task: list[Tensor], output: Output) -> Tensor:
     """One image and one task in float64, one code and one output at a time."""
     mean, std, encoder, encoder_bias, decoder, decoder_bias = (w.double() for w in task)
     z = (x_F.double() - mean) / std
@@ -35,19 +37,32 @@ def _by_hand(x_F: Tensor, task: list[Tensor]) -> Tensor:
         torch.clamp((z * encoder[:, c]).sum() + encoder_bias[c], min=0)
         for c in range(len(encoder_bias))
     ]
-    output = decoder_bias.clone()
+    decoded = decoder_bias.clone()
     for c, value in enumerate(code):
-        output += value * decoder[c]
-    return ((output - z) ** 2).sum() / len(z)
+        decoded += value * decoder[c]
+    if output == "sigmoid":
+        decoded = 1 / (1 + (-decoded).exp())
+    return ((decoded - z) ** 2).sum() / len(z)
 
 
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize(("B", "T", "F", "C"), [(4, 3, 32, 8), (7, 2, 41, 5), (1, 1, 1, 1)])
-def test_errors_are_those_of_the_formula(B: int, T: int, F: int, C: int) -> None:
+def test_errors_are_those_of_the_formula(B: int, T: int, F: int, C: int, output: Output) -> None:
     weights, x_BF = _weights(T, F, C), _features(B, F)
     expected = torch.stack(
-        [torch.stack([_by_hand(x, [w[t] for w in weights]) for t in range(T)]) for x in x_BF]
+        [
+            torch.stack([_by_hand(x, [w[t] for w in weights], output) for t in range(T)])
+            for x in x_BF
+        ]
     )
-    torch.testing.assert_close(autoencoder_errors(x_BF, *weights), expected.float())
+    torch.testing.assert_close(autoencoder_errors(x_BF, *weights, output=output), expected.float())
+
+
+def test_the_output_is_linear_unless_asked_otherwise() -> None:
+    weights, x_BF = _weights(3, 32, 8), _features(4, 32)
+    linear, sigmoid = (autoencoder_errors(x_BF, *weights, output=output) for output in OUTPUTS)
+    assert torch.equal(autoencoder_errors(x_BF, *weights), linear)
+    assert not torch.equal(linear, sigmoid)
 
 
 def test_a_perfect_autoencoder_has_no_error() -> None:
@@ -66,21 +81,39 @@ def test_a_perfect_autoencoder_has_no_error() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(B=st.integers(2, 40), F=st.sampled_from([31, 112, 224, 384]), seed=st.integers(0, 1000))
-def test_neighbours_do_not_change_an_image_by_a_bit(B: int, F: int, seed: int) -> None:
+@given(
+    B=st.integers(2, 40),
+    F=st.sampled_from([31, 112, 224, 384]),
+    seed=st.integers(0, 1000),
+    output=st.sampled_from(OUTPUTS),
+)
+def test_neighbours_do_not_change_an_image_by_a_bit(
+    B: int, F: int, seed: int, output: Output
+) -> None:
     weights, x_BF = _weights(3, F, 16, seed=seed), _features(B, F, seed=seed + 1)
-    alone = autoencoder_errors(x_BF, *weights)
+    alone = autoencoder_errors(x_BF, *weights, output=output)
     crowd_BF = x_BF * 100
     row = seed % B
     crowd_BF[row] = x_BF[row]
-    assert torch.equal(autoencoder_errors(crowd_BF, *weights)[row], alone[row])
+    assert torch.equal(autoencoder_errors(crowd_BF, *weights, output=output)[row], alone[row])
 
 
-def test_other_tasks_do_not_change_a_task_by_a_bit() -> None:
+def test_neighbours_do_not_change_an_image_of_alexnets_width() -> None:
+    F = 43_264
+    weights, x_BF = _weights(1, F, 100), _features(4, F).sigmoid()
+    crowd_BF = x_BF.roll(1, 1)
+    crowd_BF[2] = x_BF[2]
+    alone, crowd = (autoencoder_errors(x, *weights, output="sigmoid") for x in (x_BF, crowd_BF))
+    assert torch.equal(alone[2], crowd[2])
+    assert not torch.equal(alone[1], crowd[1])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_other_tasks_do_not_change_a_task_by_a_bit(output: Output) -> None:
     weights, x_BF = _weights(9, 224, 32), _features(8, 224)
-    together = autoencoder_errors(x_BF, *weights)
+    together = autoencoder_errors(x_BF, *weights, output=output)
     for t in range(9):
-        single = autoencoder_errors(x_BF, *(w[t : t + 1] for w in weights))
+        single = autoencoder_errors(x_BF, *(w[t : t + 1] for w in weights), output=output)
         assert torch.equal(single[:, 0], together[:, t])
 
 
