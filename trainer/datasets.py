@@ -49,6 +49,7 @@ Split = Literal["train", "test"]
 Labels = NDArray[np.int64]
 
 SUITE_PREFIX = "suite:"
+MTIL_PREFIX = "mtil:"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 MIN_IMAGES_PER_CLASS = 2
 SHOWN_PROBLEMS = 5
@@ -188,8 +189,9 @@ def open_dataset(
     """Open a data set by what a person would write on a command line.
 
     Args:
-        spec: ``suite:<task>``, a CSV file, or a folder of class folders. A folder with ``train``
-            in it is read by split; any other folder, and a CSV file, is taken whole.
+        spec: ``suite:<task>``, ``mtil:<task>:<folder of all MTIL data sets>``, a CSV file, or a
+            folder of class folders. A folder with ``train`` in it is read by split; any other
+            folder, and a CSV file, is taken whole.
         split: the part wanted. What is meant for training must also pass `require_trainable`.
         cache: where the suite is kept once built.
         skip_unreadable: leave unreadable images out, with a warning, instead of refusing the set.
@@ -339,6 +341,11 @@ def _open(spec: str, split: Split, cache: Path, skip_unreadable: bool) -> ImageS
         )  # the suite is made of image sets: it imports this module
 
         return load_task(spec.removeprefix(SUITE_PREFIX), split, cache=cache)
+    if spec.startswith(MTIL_PREFIX):
+        from trainer.mtil import load_task as load_mtil_task
+
+        task, _, root = spec.removeprefix(MTIL_PREFIX).partition(":")
+        return load_mtil_task(task, split, root=Path(root) if root else None)
     path = Path(spec)
     if path.suffix.lower() == ".csv":
         return read_csv(path, skip_unreadable=skip_unreadable)

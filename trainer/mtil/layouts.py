@@ -97,11 +97,10 @@ def food(home: Path, split: Split, labels: Labels) -> list[Item]:
 def mnist(home: Path, split: Split, labels: Labels) -> list[Item]:
     """IDX files, packed or not. Grey becomes RGB without a copy."""
     stem = {"train": "train", "test": "t10k"}[split]
-    grey_NHW = read_idx(home / f"{stem}-images-idx3-ubyte", 3)
-    digits_N = read_idx(home / f"{stem}-labels-idx1-ubyte", 1)
-    if len(grey_NHW) != len(digits_N):
-        raise DataError(f"{home}: {len(grey_NHW)} {stem} images but {len(digits_N)} labels")
     file = home / f"{stem}-labels-idx1-ubyte"
+    grey_NHW, digits_N = read_idx(home / f"{stem}-images-idx3-ubyte", 3), read_idx(file, 1)
+    if len(grey_NHW) != len(digits_N):
+        raise DataError(f"{file}: {len(digits_N)} labels for {len(grey_NHW)} images")
     return [
         (
             PixelPicture(np.broadcast_to(grey_HW[..., None], (*grey_HW.shape, 3))),
