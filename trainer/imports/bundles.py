@@ -8,11 +8,13 @@ Legend: N images, E embedding width, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +29,7 @@ from medley.bundle import (
     write_bundle,
 )
 from medley.classifier import Classifier
+from medley.errors import DataError
 from medley.experts import TaskExperts
 from medley.extractor import Extractor
 from medley.manifest import Manifest, SelfTest, Training
@@ -61,6 +64,9 @@ class Source:
         images: training images by task; a self-test without them runs on coloured clouds.
         version: of every bundle.
         licence: of the checkpoint.
+
+    Raises:
+        DataError: a value that no manifest takes, or no threshold.
     """
 
     checkpoint: Checkpoint
@@ -70,6 +76,16 @@ class Source:
     images: Mapping[str, ImageSet] = field(default_factory=dict)
     version: str = "1"
     licence: str = "unspecified"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < math.inf:
+            raise DataError(f"threshold {self.threshold} is not a positive number", code="settings")
+        for name, value in {"version": self.version, "licence": self.licence}.items():
+            try:
+                TypeAdapter(Manifest.model_fields[name].rebuild_annotation()).validate_python(value)
+            except ValidationError as error:
+                reason = error.errors(include_url=False)[0]["msg"]
+                raise DataError(f"{name} {value!r}: {reason}", code="settings") from error
 
 
 def write_bundles(
