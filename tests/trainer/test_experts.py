@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,3 +126,15 @@ def test_balance_loss_grows_as_use_becomes_one_sided() -> None:
 
     assert loss(even_BE, clean_BE) < 0.3
     assert loss(one_sided_BE, one_sided_BE - even_BE) > 2
+
+
+def test_experts_without_relu_are_linear() -> None:
+    x_BLD = torch.randn(6, TOKENS, WIDTH)
+    odd = []
+    for relu in (False, True):
+        config = replace(CONFIG, num_new=1, top_k=1, relu=relu)  # one expert: no choice to make
+        mixture = BlockMixture(WIDTH, None, config).eval()
+        with torch.no_grad():
+            mixture.up_ERD.normal_()
+            odd.append(torch.allclose(mixture(-x_BLD)[0], -mixture(x_BLD)[0], atol=1e-6))
+    assert odd == [True, False]

@@ -179,6 +179,15 @@ def test_a_fresh_learner_is_the_zero_shot_model(backbone: Backbone) -> None:
     torch.testing.assert_close(text_CE, plain_CE)
 
 
+def test_a_task_may_go_without_text_experts(backbone: Backbone, tmp_path: Path) -> None:
+    outcome = run(backbone, tmp_path, replace(SETTINGS, first_text_block=2))
+    assert outcome.bundle.manifest.text.blocks == {}
+    assert outcome.report["usage"]["text"] == {}
+    assert outcome.report["metrics"]["held_out_accuracy"] > 0.8
+    with pytest.raises(DataError, match="only the blocks 0 to 1; 2 means none"):
+        run(backbone, tmp_path, replace(SETTINGS, first_text_block=3))
+
+
 def test_a_backbone_without_text_experts_learns_by_its_images(
     backbone: Backbone, tmp_path: Path
 ) -> None:
