@@ -52,7 +52,7 @@ def _sequences(
     records: Sequence[Record], results: Sequence[Result], seeds: str
 ) -> Iterator[Picture]:
     for protocol in dict.fromkeys(result.protocol for result in results):
-        curves = {r.name: r.mean for r in results if r.protocol == protocol and r.transfers}
+        curves = {r.name: r.mean for r in results if r.protocol == protocol}
         caption = f"{protocol}: accuracy over the sequence, {seeds}"
         draw = partial(sequence_png, curves, records[0].order, title=caption)
         yield Picture(_file("sequence", protocol), caption, draw)
@@ -62,7 +62,7 @@ def _matrices(
     records: Sequence[Record], results: Sequence[Result], seeds: str
 ) -> Iterator[Picture]:
     for result in results:
-        if result.follows_a_sequence:
+        if result.changes:
             caption = f"{result.protocol}: {result.name}, {seeds}"
             draw = partial(matrix_png, result.mean, records[0].order, title=caption)
             yield Picture(_file("matrix", *result.key), caption, draw)

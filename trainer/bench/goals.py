@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trainer.bench.record import Record, Routing
-from trainer.bench.results import ZERO_SHOT, Result, routers_of
+from trainer.bench.results import Result, routers_of
 from trainer.bench.tables import NOTHING, table
 
 __all__ = ["goals"]
@@ -25,7 +25,7 @@ def goals(records: Sequence[Record], results: Sequence[Result]) -> str:
     """
     by_key = {result.key: result for result in results}
     told = by_key.get((OURS, "told", "told"))
-    zero_shot = by_key.get((ZERO_SHOT, "none", "told"))
+    zero_shot = by_key.get(("zero-shot", "none", "agnostic"))
     routers = [r.key[1] for r in results if r.key[0] == OURS and r.protocol == "agnostic"]
     if told is None or zero_shot is None or not routers:
         return ""

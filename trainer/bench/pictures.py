@@ -84,9 +84,8 @@ def sequence_png(matrices: Mapping[str, ArrayLike], tasks: Sequence[str], *, tit
         axes.grid(visible=True, alpha=0.25)
     for learnt, axes in enumerate(grid[1:], start=1):
         axes.axvspan(0.6, learnt - 0.5, color="0.5", alpha=0.15, lw=0)
-    figure.supxlabel("tasks learnt (grey: before this one)", fontsize=9)
     figure.supylabel("accuracy, %", fontsize=9)
-    _legend(figure, grid[0], title)
+    _legend(figure, grid[0], f"{title}\nagainst tasks learnt; grey: before this one")
     return _png(figure)
 
 
@@ -116,9 +115,8 @@ def errors_png(scores: Sequence[Scores], *, title: str) -> bytes:
         axes.axvline(task.threshold, color="C3", lw=1.5, label="threshold")
         axes.set_title(task.task, fontsize=9)
         axes.tick_params(labelsize=8)
-    figure.supxlabel("error (logarithmic far from 0)", fontsize=9)
     figure.supylabel("% of the group's images", fontsize=9)
-    _legend(figure, grid[0], title)
+    _legend(figure, grid[0], f"{title}\nagainst the error, logarithmic far from 0")
     return _png(figure)
 
 

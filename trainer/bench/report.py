@@ -112,7 +112,6 @@ def _by_data_set(records: Sequence[Record], results: Sequence[Result]) -> str:
         rows = [
             (f"{result.protocol}: {result.name}", *cells(result.by_task(metric), len(records)))
             for result in results
-            if metric == "last" or result.transfers
         ]
         return table((metric.capitalize(), *records[0].order), rows)
 
@@ -205,4 +204,4 @@ def _quoted(record: Record) -> Sequence[Anchor]:
 def _anchor_row(anchor: Anchor) -> tuple[str, ...]:
     shares = (anchor.transfer, anchor.average, anchor.last)
     numbers = [NOTHING if share is None else f"{share:.1f}" for share in shares]
-    return (anchor.method, f"quoted: {anchor.source}", "told", *numbers, NOTHING)
+    return (anchor.method, f"quoted: {anchor.source}", anchor.protocol, *numbers, NOTHING)

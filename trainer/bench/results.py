@@ -18,7 +18,6 @@ from trainer.bench.record import Record, Routing
 __all__ = ["Result", "check_comparable", "results_of", "routed_right", "routers_of"]
 
 PROTOCOLS = ("told", "agnostic", "union")  # in the order of a report
-ZERO_SHOT, PROBE = "zero-shot", "linear-probe"
 
 Key = tuple[str, str, str]  # method, router, protocol
 
@@ -43,14 +42,9 @@ class Result:
         return method if router in ("none", "told") else f"{method} / {router}"
 
     @property
-    def transfers(self) -> bool:
-        """Whether it can answer what it has not learnt; a linear probe cannot: only Last counts."""
-        return self.key[0] != PROBE
-
-    @property
-    def follows_a_sequence(self) -> bool:
-        """Whether its answers change as tasks are learnt."""
-        return self.key[0] not in (ZERO_SHOT, PROBE)
+    def changes(self) -> bool:
+        """Whether any task that was learnt changed any answer."""
+        return any((matrix_TT != matrix_TT[0]).any() for matrix_TT in self.matrices)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -59,9 +53,7 @@ class Result:
         return mean_TT
 
     def of(self, metric: str) -> OverSeeds | None:
-        """A metric by name, such as ``last``; None where it means nothing."""
-        if metric != "last" and not self.transfers:
-            return None
+        """A metric by name, such as ``last``; None where there is none."""
         return _known(getattr(metrics, metric) for metrics in self.metrics)
 
     def by_task(self, metric: str) -> list[OverSeeds | None]:

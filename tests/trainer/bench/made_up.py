@@ -18,12 +18,13 @@ def record(*, seed: int = 0, gain: float = 0.0, suite: str = "small") -> Record:
         seed=seed,
         shots=None,
         rows=(
-            Row(method="zero-shot", router="none", protocol="told", accuracy_TT=(ZERO_SHOT,) * 3),
-            Row(method="linear-probe", router="told", protocol="told", accuracy_TT=(LEARNT,) * 3),
+            Row(
+                method="zero-shot", router="none", protocol="agnostic", accuracy_TT=(ZERO_SHOT,) * 3
+            ),
             Row(
                 method="finetune",
                 router="none",
-                protocol="told",
+                protocol="agnostic",
                 accuracy_TT=((0.9, 0.1, 0.1), (0.5, 0.9, 0.1), (0.4, 0.4, 0.9)),
             ),
             Row(method="moe_adapter", router="told", protocol="told", accuracy_TT=steps),
