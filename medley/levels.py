@@ -25,6 +25,7 @@ __all__ = ["AutoencoderLevel", "GaussianLevel", "Level", "PrototypeLevel", "Scor
 
 Scored = Callable[[Tensor], Tensor]  # features (B, F) to float32: (B, G), or (B,) of one level
 
+_MOST_STACKED = 2**20  # numbers of an encoder: a stack is a copy of all the autoencoders in it
 _SMALLEST_ERROR = torch.finfo(torch.float32).tiny  # keeps the logarithm finite
 
 
@@ -150,10 +151,16 @@ class AutoencoderLevel(_Level):
 
     @classmethod
     def _errors(cls, levels: Sequence[Self], device: torch.device) -> Scored:
+        if levels[0].encoder_FC.numel() > _MOST_STACKED:
+            return super()._errors(levels, device)
         tensors = zip(*(level.tensors for level in levels), strict=True)
         weights = [torch.stack(t).to(device, torch.float32) for t in tensors]
         output = levels[0].output
         return lambda x_BF: autoencoder_errors(x_BF, *weights, output=output)
+
+    def _error(self, device: torch.device) -> Scored:
+        weights = [t.to(device, torch.float32)[None] for t in self.tensors]
+        return lambda x_BF: autoencoder_errors(x_BF, *weights, output=self.output)[:, 0]
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         F, C = self._matrix("encoder_FC")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist, mahalanobis
 from torch import Tensor, nn
 
+from kernels.autoencoder_errors import autoencoder_errors
 from medley.levels import AutoencoderLevel, GaussianLevel, Level, PrototypeLevel
 from medley.selector import TaskSelector
 from tests.fakes import LEVEL_KINDS, random_level
@@ -178,6 +179,17 @@ def test_other_levels_of_a_group_do_not_change_one_by_a_bit(kind: str) -> None:
     together_BG = scorer(levels, cpu)(x_BF)
     for g, level in enumerate(levels):
         assert torch.equal(scorer([level], cpu)(x_BF)[:, 0], together_BG[:, g])
+
+
+def test_wide_autoencoders_are_scored_where_they_lie_and_the_same() -> None:
+    random = torch.Generator().manual_seed(0)
+    wide = [random_level("sigmoid", "embedding", 1100, size=1000, random=random) for _ in range(2)]
+    x_BF = torch.rand(4, 1100, generator=random)
+    scorer: Any = AutoencoderLevel.scorer
+    scores_BG = scorer(wide, torch.device("cpu"))(x_BF)
+    for level, scores_B in zip(wide, scores_BG.T, strict=True):
+        errors_B1 = autoencoder_errors(x_BF, *(t[None] for t in level.tensors), output="sigmoid")
+        assert torch.equal(scores_B, (errors_B1[:, 0].log() - level.center) / level.spread)
 
 
 @pytest.mark.parametrize("kind", LEVEL_KINDS)
