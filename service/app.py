@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from medley.backbone import Backbone, load_backbone
 from medley.classifier import Classifier
+from medley.extractor import Extractor, load_alexnet
 from medley.images import ImageLimits
 from medley.pool import Capacity
 from medley.prompts import class_text_features
@@ -46,12 +47,17 @@ def create_app(
         settings: all of them.
         backbone: instead of the one that the settings name.
         on_step: hears where a registration is (see `service/tasks.py`).
+
+    Raises:
+        BackboneError: a network that the settings name beside the backbone cannot be loaded.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.service = await _start(settings, metrics, backbone, on_step, stack)
+            app.state.service = await _start(
+                settings, metrics, backbone, extractors, on_step, stack
+            )
             yield
 
     def generation() -> int:
@@ -59,6 +65,7 @@ def create_app(
         return service.tasks.live.snapshot.desired.generation
 
     metrics = Metrics()
+    extractors = _extractors(settings)
     app = FastAPI(title="Medley", version=package_version(), lifespan=lifespan)
     problems.install(app)
     for routes in (classify.routes, tasks.routes, probes.routes):
@@ -72,6 +79,7 @@ async def _start(
     settings: Settings,
     metrics: Metrics,
     backbone: Backbone | None,
+    extractors: Sequence[Extractor],
     on_step: OnStep,
     stack: AsyncExitStack,
 ) -> Service:
@@ -83,7 +91,7 @@ async def _start(
     if backbone is None:
         backbone = await asyncio.to_thread(load_backbone_of, settings)
     metrics.describe(backbone.name, backbone.fingerprint)
-    classifier = _classifier(settings, backbone)
+    classifier = _classifier(settings, backbone, extractors)
     engine = _engine(settings, metrics, classifier)
     engine.start()
     stack.callback(engine.stop)
@@ -118,7 +126,15 @@ def load_backbone_of(settings: Settings) -> Backbone:
     return load_backbone(settings.backbone, weights=settings.weights, device=settings.device)
 
 
-def _classifier(settings: Settings, backbone: Backbone) -> Classifier:
+def _extractors(settings: Settings) -> list[Extractor]:
+    if settings.alexnet_weights is None:
+        return []
+    return [load_alexnet(settings.alexnet_weights, device=settings.device)]
+
+
+def _classifier(
+    settings: Settings, backbone: Backbone, extractors: Sequence[Extractor]
+) -> Classifier:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     capacity = Capacity(
@@ -128,7 +144,12 @@ def _classifier(settings: Settings, backbone: Backbone) -> Classifier:
         bottleneck=settings.max_bottleneck,
         max_top_k=settings.max_top_k,
     )
-    model = RoutedModel(backbone, first_expert_block=settings.first_expert_block, capacity=capacity)
+    model = RoutedModel(
+        backbone,
+        first_expert_block=settings.first_expert_block,
+        capacity=capacity,
+        extractors=extractors,
+    )
     return Classifier(model, bucket=settings.bucket)
 
 

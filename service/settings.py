@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     weights: Path | None = Field(
         default=None, description="File of its weights, instead of its own"
     )
+    alexnet_weights: Path | None = Field(
+        default=None, description="File of torchvision's AlexNet, for imported tasks that need it"
+    )
     device: str = Field(default="cpu", description="Torch device that computes")
     threads: int = Field(
         default=0, ge=0, description="Torch threads on a CPU; 0 leaves torch's choice"

@@ -22,7 +22,7 @@ def tiny_tokenizer(texts: Sequence[str]) -> Tensor:
     return rows
 
 
-def tiny_backbone(seed: int = 0) -> Backbone:
+def tiny_backbone(seed: int = 0, *, quick_gelu: bool = False) -> Backbone:
     """Build a backbone of 3 image and 2 text blocks for 32 x 32 pixels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -38,6 +38,7 @@ def tiny_backbone(seed: int = 0) -> Backbone:
                 heads=1,
                 layers=TEXT_BLOCKS,
             ),
+            quick_gelu=quick_gelu,
         )
     model.visual.preprocess_cfg = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     return wrap(model, name="tiny", tokenizer=tiny_tokenizer)
