@@ -102,7 +102,7 @@ def _store(file: Path, train: ImageSet, test: ImageSet) -> None:
 
 def _load(file: Path, split: Split) -> ImageSet:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             words = json.loads(arrays["words"].tobytes())
             pixels_NHWC, labels_N = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:

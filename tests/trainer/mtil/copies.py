@@ -10,7 +10,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from scipy.io import savemat
 
 from trainer.mtil.words import class_entries
 
-__all__ = ["COPIES", "Python2Pickler", "idx", "save_jpeg"]
+__all__ = ["COPIES", "idx", "pickled_by_python_2", "save_jpeg"]
 
 
 def save_jpeg(path: Path, label: int) -> None:
@@ -31,14 +31,18 @@ def idx(array: np.ndarray) -> bytes:
     return header + array.astype(np.uint8).tobytes()
 
 
-class Python2Pickler(pickle._Pickler):
-    """Writes all text and bytes as Python 2 wrote its `str`: CIFAR's files are of that age."""
+def pickled_by_python_2(value: object) -> bytes:
+    """CIFAR's files are of that age: all text and bytes are what was called `str` then."""
 
-    def write_str(self, value: Any) -> None:
+    def save_str(pickler: Any, value: str | bytes) -> None:
         data = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        pickler.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
 
-    dispatch: ClassVar = {**pickle._Pickler.dispatch, str: write_str, bytes: write_str}
+    buffer = io.BytesIO()
+    pickler: Any = pickle._Pickler(buffer, protocol=2)
+    pickler.dispatch = {**pickler.dispatch, str: save_str, bytes: save_str}
+    pickler.dump(value)
+    return buffer.getvalue()
 
 
 def aircraft(root: Path) -> None:
@@ -67,9 +71,7 @@ def cifar100(root: Path) -> None:
         labels = [label % 3 for label in range(count)]
         pixels[:, 0] = np.array(labels)[:, None, None] * 10
         table = {"data": pixels.reshape(count, -1), "fine_labels": labels, "batch_label": split}
-        buffer = io.BytesIO()
-        Python2Pickler(buffer, protocol=2).dump(table)
-        (home / split).write_bytes(buffer.getvalue())
+        (home / split).write_bytes(pickled_by_python_2(table))
 
 
 def dtd(root: Path) -> None:

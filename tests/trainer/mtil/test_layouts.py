@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
+from torch.utils.data import TensorDataset, random_split
 
 from medley.errors import DataError, ImageError
 from tests.trainer.mtil.copies import COPIES, idx
@@ -89,8 +90,9 @@ def test_a_seeded_split_takes_each_image_once(task: str, tmp_path: Path) -> None
 
 
 def test_the_seeded_split_is_the_one_of_the_reference_code() -> None:
-    parts = torch.utils.data.random_split(
-        range(1003),  # type: ignore[arg-type]
+    numbers = TensorDataset(torch.arange(1003))
+    parts = random_split(
+        numbers,
         [802, 201],
         generator=torch.Generator().manual_seed(42),
     )
