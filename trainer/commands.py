@@ -191,6 +191,9 @@ def evaluate(
     backbone: BackboneName = "medley-mini",
     weights: Weights = None,
     device: Device = "cpu",
+    alexnet: Annotated[
+        Path | None, typer.Option(help="torchvision's AlexNet, for imported bundles that need it.")
+    ] = None,
     probe: Annotated[bool, typer.Option(help="Fit a linear probe on the training part.")] = True,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many test images of each data set.")
@@ -201,12 +204,15 @@ def evaluate(
     """Measure bundles per image: accuracy, routing, false rejects; beside zero-shot and a probe."""
     from medley.backbone import load_backbone
     from medley.bundle import read_bundle
+    from medley.extractor import load_alexnet
     from trainer.evaluation import evaluate as measure
     from trainer.evaluation import served
 
     bundles = [read_bundle(path) for path in bundle]
     cases = [_case(text, bundles, probe, limit, seed, skip_unreadable) for text in data]
-    classifier, paths = served(bundles, load_backbone(backbone, weights=weights, device=device))
+    base = load_backbone(backbone, weights=weights, device=device)
+    extractors = [] if alexnet is None else [load_alexnet(alexnet, device=device)]
+    classifier, paths = served(bundles, base, extractors=extractors)
     with bars(err) as show:
         result = measure(
             classifier,

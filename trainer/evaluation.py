@@ -26,6 +26,7 @@ from medley.backbone import Backbone
 from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
 from medley.errors import DataError
+from medley.extractor import Extractor
 from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
 from trainer.datasets import ImageSet
@@ -82,9 +83,19 @@ class Evaluation:
 
 
 def served(
-    bundles: Sequence[Bundle], backbone: Backbone, *, bucket: int = BUCKET
+    bundles: Sequence[Bundle],
+    backbone: Backbone,
+    *,
+    bucket: int = BUCKET,
+    extractors: Sequence[Extractor] = (),
 ) -> tuple[Classifier, dict[str, int]]:
     """Admit bundles to a model as a server would.
+
+    Args:
+        bundles: of different tasks.
+        backbone: the one they were learnt on.
+        bucket: images in a forward.
+        extractors: networks that their selectors look at beside the backbone.
 
     Returns:
         the classifier and each task's path.
@@ -101,6 +112,7 @@ def served(
         backbone,
         first_expert_block=min(firsts),
         capacity=capacity_for([bundle.task_experts() for bundle in bundles]),
+        extractors=extractors,
     )
     classifier = Classifier(model, bucket=bucket)
     return classifier, {b.manifest.task: admit(b, classifier) for b in bundles}
@@ -262,7 +274,7 @@ def linear_probe(
 ) -> Pipeline:
     """Fit a logistic regression on all images, with the strength that does best on a fifth."""
     order = np.random.default_rng(seed).permutation(len(labels_N))
-    fifth = len(order) // 5
+    fifth = max(1, len(order) // 5)
     part, rest = order[:fifth], order[fifth:]
 
     def fitted(strength: float, rows: NDArray[np.int64]) -> Pipeline:

@@ -153,6 +153,34 @@ def test_the_authors_selector_comes_along_where_alexnet_is_at_hand(
         assert route(backbone, found, cached, Path("red")) == [0] * 4  # features lie around 0.5
 
 
+def test_imported_bundles_are_evaluated_with_the_network_they_need(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    authors.autochooser(tmp_path / "c.pth", [torch.full((256,), b) for b in (5.0, 0.0, 5.0)])
+    authors.alexnet(tmp_path / "alexnet.pth")
+    network = ("--alexnet", tmp_path / "alexnet.pth")
+    words = (*own(home), "--autochooser", tmp_path / "c.pth", *network)
+    assert medley(monkeypatch, home, tmp_path, *words) == 0
+    data = folder_of(pictures(["red", "blue"], 3), tmp_path / "pets")
+    for colour, name in (("red", "cat"), ("blue", "dog")):
+        (data / colour).rename(data / name)
+    bundle = tmp_path / "pets-1.safetensors"
+    argv = ["medley", "evaluate", "--bundle", bundle, "--data", f"pets={data}", *own(home)]
+    argv += ["--out", tmp_path / "evaluation"]
+    for more, status in (((), 2), (network, 0)):
+        monkeypatch.setattr(sys, "argv", list(map(str, [*argv, *more])))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == status
+    said = capsys.readouterr().err
+    assert "its selector looks at alexnet:conv5, whose network is not loaded here" in said
+    result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert result["routing"] == {"columns": ["pets", "zero-shot"], "counts": [[6, 0]]}
+
+
 def test_our_selector_is_fitted_on_images_that_are_given(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
