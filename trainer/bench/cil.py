@@ -16,10 +16,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,144 +29,23 @@ from medley.classifier import Classifier
 from medley.errors import DataError
 from medley.prompts import class_text_features
 from medley.routed import RoutedModel
-from trainer.bench.metrics import Cil, cil, over_seeds
+from trainer.bench.cil_bundles import accuracy as bundles_accuracy
+from trainer.bench.cil_bundles import learn_step
+from trainer.bench.cil_plan import CilMethod, CilPlan, CilResult
 from trainer.checkpoint import load_checkpoint, make_folder, save_checkpoint, write_whole
 from trainer.datasets import ImageSet, normalised
 from trainer.evaluation import linear_probe
 from trainer.export import BUCKET
 from trainer.frozen import frozen_features
 from trainer.methods import Learner
-from trainer.settings import Method, TrainSettings
-from trainer.training import Watcher, train
+from trainer.settings import TrainSettings
+from trainer.training import State, Watcher, train
 from trainer.trunk import CHUNK, ImageTrunk
 
-__all__ = [
-    "CIL_METHODS",
-    "CilMethod",
-    "CilPlan",
-    "CilResult",
-    "class_steps",
-    "markdown",
-    "paper_settings",
-    "run_cil",
-]
+__all__ = ["run_cil"]
 
-CilMethod = Literal["zero-shot", "linear-probe"] | Method
-CIL_METHODS: tuple[CilMethod, ...] = (
-    "zero-shot",
-    "linear-probe",
-    "finetune",
-    "lora",
-    "moe_adapter",
-)
-TEMPLATE = "a bad photo of a {}."  # the only one, in training and in evaluation
 WARMUP_STEPS = 30
-
 Watch = Callable[[str], Watcher]  # from what is being learnt
-
-
-@dataclass(frozen=True, kw_only=True)
-class CilPlan:
-    """What is learnt, in which order, and how long.
-
-    Attributes:
-        steps: class names of each step.
-        settings: of every step; iterations and warm-up follow from the step's images.
-        epochs: over the images of a step. The paper's one is meant for 500 images a class.
-        template: of all prompts.
-    """
-
-    steps: tuple[tuple[str, ...], ...]
-    settings: TrainSettings
-    epochs: int = 1
-    template: str = TEMPLATE
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise DataError(f"epochs is {self.epochs}; it must be at least 1", code="settings")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CilResult:
-    """What one method came to with one seed.
-
-    Attributes:
-        accuracy_S: after each step, over all classes seen until then.
-        stored_parameters: that the method keeps beside the backbone.
-        seconds: of learning and evaluating, resumed or not.
-    """
-
-    data: str
-    method: CilMethod
-    backbone: str
-    seed: int
-    steps: tuple[tuple[str, ...], ...]
-    accuracy_S: tuple[float, ...]
-    stored_parameters: int
-    seconds: float
-    settings: dict[str, Any]
-
-    @property
-    def metrics(self) -> Cil:
-        """Avg and Last."""
-        return cil(self.accuracy_S)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON, Avg and Last included."""
-        return {**asdict(self), **asdict(self.metrics)}
-
-
-def paper_settings(method: CilMethod, settings: TrainSettings | None = None) -> TrainSettings:
-    """Settings of MoE-Adapters' CIL runs: two experts, both always chosen, no label smoothing.
-
-    With two experts of which two are chosen the router only weighs them. One router serves all
-    steps, nothing is frozen, and nothing chooses among steps. Other methods get the same budget at
-    the learning rate that suits them.
-
-    Args:
-        method: of `CIL_METHODS`.
-        settings: what stays as it is: seed, depth, bottleneck, precision; None: the defaults.
-    """
-    given = settings or TrainSettings()
-    if method in ("finetune", "lora"):
-        given = given.for_method(method)
-    return replace(
-        given,
-        num_experts=2,
-        top_k=2,
-        lr=given.lr if method in ("finetune", "lora") else 1e-3,
-        batch_size=128,
-        label_smoothing=0.0,
-        balance=0.0,
-    )
-
-
-def class_steps(
-    class_names: Sequence[str], count: int, *, base: int = 0, seed: int | None = None
-) -> tuple[tuple[str, ...], ...]:
-    """Cut a list of classes into steps of equal size.
-
-    Args:
-        class_names: in the fixed order of a published protocol, or in any.
-        count: how many steps, after the base.
-        base: so many classes come first, in a step of their own; 0: no such step.
-        seed: shuffles the classes; None: their order is kept.
-
-    Raises:
-        DataError: the classes cannot be cut so.
-    """
-    names = list(class_names)
-    if seed is not None:
-        names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    rest = len(names) - base
-    if base < 0 or count < 1 or rest < count or rest % count:
-        raise DataError(
-            f"{len(names)} classes, {base} of them first, cannot be cut into {count} equal steps",
-            code="settings",
-        )
-    size = rest // count
-    cut = [tuple(names[start : start + size]) for start in range(base, len(names), size)]
-    return (*([tuple(names[:base])] if base else []), *cut)
 
 
 def run_cil(
@@ -184,8 +62,9 @@ def run_cil(
     """Learn the steps one after another and measure after each.
 
     zero-shot learns nothing; linear-probe is fitted again in each step, on the frozen features of
-    all images so far, which no learner may see again: an upper bound. The others carry on from
-    where the step before left them. Router noise and dropout are off where accuracy is measured.
+    all images so far, which no learner may see again: an upper bound. bundles are moe_adapter's,
+    one a step, DDAS choosing among them (`cil_bundles.py`). The others carry on from where the step
+    before left them. Router noise and dropout are off where accuracy is measured.
 
     Args:
         backbone: frozen.
@@ -206,11 +85,11 @@ def run_cil(
     done = run.resumed()
     while len(done.accuracies) < len(plan.steps):
         started_s = time.monotonic()
-        accuracy, learner = run.step(done, watch, checkpoint_every_s)
+        accuracy, state, stored = run.step(done, watch, checkpoint_every_s)
         done = _Progress(
             accuracies=[*done.accuracies, accuracy],
-            state=None if learner is None else learner.state_dict(),
-            stored_parameters=0 if learner is None else learner.counts().stored,
+            state=state,
+            stored_parameters=stored,
             seconds=done.seconds + time.monotonic() - started_s,
         )
         run.save(done)
@@ -219,35 +98,12 @@ def run_cil(
     return result
 
 
-def markdown(results: Sequence[CilResult]) -> str:
-    """Tables for people, in per cent: Avg and Last by method, mean and spread over seeds.
-
-    Args:
-        results: of one data set and one number of steps; seeds of a method are put together.
-    """
-    methods = list(dict.fromkeys(result.method for result in results))
-    of = {m: [r for r in results if r.method == m] for m in methods}
-    steps = range(len(results[0].accuracy_S))
-    head = ["", "Avg", "Last", *(f"step {step + 1}" for step in steps)]
-    lines = [
-        [
-            method,
-            _percent([r.metrics.average for r in of[method]]),
-            _percent([r.metrics.last for r in of[method]]),
-            *(_percent([r.accuracy_S[step] for r in of[method]]) for step in steps),
-        ]
-        for method in methods
-    ]
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Progress:
     """How far a run is, and what the next step starts from."""
 
     accuracies: list[float]
-    state: Mapping[str, Tensor] | None
+    state: State | None
     stored_parameters: int
     seconds: float
 
@@ -276,31 +132,49 @@ class _Run:
 
     def step(
         self, done: _Progress, watch: Watch, checkpoint_every_s: float
-    ) -> tuple[float, Learner | None]:
-        """Learn the next step; return the accuracy over all classes seen, and what was learnt."""
+    ) -> tuple[float, State | None, int]:
+        """Learn the next step.
+
+        Returns:
+            accuracy over all classes seen, the state that the step after it starts from, and how
+            many parameters must be kept.
+        """
         step, method = len(done.accuracies), self.method
         seen = [name for names in self.plan.steps[: step + 1] for name in names]
         test = _of_classes(self.test_set, seen)
         if method == "zero-shot":
-            return self._zero_shot(test), None
+            return self._zero_shot(test), None, 0
         if method == "linear-probe":
-            return self._linear_probe(_of_classes(self.train_set, seen), test), None
+            return self._linear_probe(_of_classes(self.train_set, seen), test), None, 0
         images = _of_classes(self.train_set, self.plan.steps[step])
-        settings = replace(self._settings(len(images)), method=method)
+        settings = self._settings(len(images))
+        watcher = watch(f"{method}: step {step + 1} of {len(self.plan.steps)}")
+        if method == "bundles":
+            kept = learn_step(
+                self.backbone,
+                images,
+                settings,
+                step=step,
+                folder=self.folder,
+                watcher=watcher,
+                checkpoint_every_s=checkpoint_every_s,
+            ).counts
+            share = bundles_accuracy(self.backbone, self.folder, step + 1, test)
+            return share, None, done.stored_parameters + kept.stored
         checkpoint = self.folder / "step.pt"
         learner = train(
             self.backbone,
             images,
             None,
-            settings,
+            replace(settings, method=method),
             initial=done.state,
             checkpoint=checkpoint,
             identity=f"{self.identity} {step}",
             resume=checkpoint.exists(),
             checkpoint_every_s=checkpoint_every_s,
-            watcher=watch(f"{method}: step {step + 1} of {len(self.plan.steps)}"),
+            watcher=watcher,
         ).learner
-        return _accuracy(learner, test), learner
+        return _accuracy(learner, test), learner.state_dict(), learner.counts().stored
 
     def resumed(self) -> _Progress:
         """What an earlier process left here, or the beginning."""
@@ -408,9 +282,3 @@ def _accuracy(learner: Learner, test: ImageSet) -> float:
 
 def _share(scores_NC: Tensor, test: ImageSet) -> float:
     return float((scores_NC.argmax(1).cpu().numpy() == test.labels).mean())
-
-
-def _percent(shares: Sequence[float]) -> str:
-    found = over_seeds(shares)
-    spread = "" if found.spread is None else f" +- {100 * found.spread:.1f}"
-    return f"{100 * found.mean:.1f}{spread}"

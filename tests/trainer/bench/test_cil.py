@@ -13,7 +13,8 @@ from medley.errors import DataError
 from tests.models import tiny_backbone
 from tests.trainer.test_training import Watch
 from tests.trainer.tiny import COLOURS, pictures
-from trainer.bench.cil import (
+from trainer.bench.cil import run_cil
+from trainer.bench.cil_plan import (
     CIL_METHODS,
     CilMethod,
     CilPlan,
@@ -21,15 +22,14 @@ from trainer.bench.cil import (
     class_steps,
     markdown,
     paper_settings,
-    run_cil,
 )
 from trainer.settings import TrainSettings
 
 NAMES = tuple(COLOURS)
 STEPS = (("blue", "white"), ("red", "black"), ("yellow", "green"))
 TRAIN, TEST = pictures(NAMES, 12), pictures(NAMES, 6, seed=9)
-RATES = {"moe_adapter": 5e-2, "finetune": 2e-3}
-BASE = TrainSettings(bottleneck=4, first_expert_block=1)
+RATES = {"moe_adapter": 5e-2, "finetune": 2e-3, "bundles": 5e-2}
+BASE = TrainSettings(bottleneck=4, first_expert_block=1, alpha=0.2, ddas_iterations=20)
 
 
 class Watches:
@@ -137,7 +137,7 @@ def test_accuracy_is_measured_without_router_noise_and_dropout(
     assert torch.equal(torch.get_rng_state(), listener.generator)
 
 
-@pytest.mark.parametrize("method", ["moe_adapter", "finetune"])
+@pytest.mark.parametrize("method", ["moe_adapter", "finetune", "bundles"])
 @pytest.mark.parametrize("stop", [(1, 7), (2, 1)])
 def test_a_run_that_was_killed_ends_in_the_same_numbers(
     backbone: Backbone, tmp_path: Path, method: CilMethod, stop: tuple[int, int]
