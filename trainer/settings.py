@@ -14,7 +14,9 @@ from medley.errors import DataError
 __all__ = ["PRESETS", "Method", "TrainSettings"]
 
 Method = Literal["moe_adapter", "lora", "finetune"]
-# What suits medley-mini in 600 steps (`docs/training.md`).
+# What suits medley-mini. Held-out top-1 on clipart (202 images, one standard error 3.4) after 300
+# steps, last image block and all text blocks: finetune 61.9 at 5e-5, 62.9 at 2e-4, 65.3 at 1e-3,
+# which cannot be told apart; the smaller step forgets less in a sequence. lora 64.9 at 2e-3.
 LEARNING_RATES: dict[Method, float] = {"moe_adapter": 5e-3, "lora": 2e-3, "finetune": 2e-4}
 Scalar = bool | int | float | str | None
 
