@@ -1,8 +1,9 @@
-"""Fits a task's selector: an autoencoder for each level, and a threshold that keeps a promise.
+"""Fits the autoencoders of DDAS, and thresholds that keep a promise.
 
 It sees frozen features of the task's own training images and nothing else: no images of other
-tasks, no reference set. The selector itself is `medley/selector.py`. The defaults come from the
-experiment in `trainer/experiments/routing`; `docs/adr/0006-ddas-features.md` says why.
+tasks, no reference set. The selector itself is `medley/selector.py`, the kinds that are not made of
+autoencoders are in `trainer/selectors.py`. The defaults come from the experiment in
+`trainer/experiments/routing`; `docs/adr/0006-ddas-features.md` says why.
 
 Legend: N images, F feature width, C code width.
 """
@@ -10,13 +11,12 @@ Legend: N images, F feature width, C code width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 
 from medley.errors import DataError
 from medley.levels import AutoencoderLevel, Level
@@ -27,8 +27,12 @@ __all__ = [
     "DEFAULT_CODE_SIZE",
     "DEFAULT_FEATURES",
     "DEFAULT_ITERATIONS",
+    "FitLevels",
+    "Taps",
+    "calibrated",
     "false_reject_rate",
     "fit_level",
+    "fit_plain_level",
     "fit_selector",
 ]
 
@@ -45,6 +49,7 @@ WEIGHT_DECAY = 1e-4  # MoE-Adapters, arXiv:2403.11549
 SMALLEST_STD = 0.05
 
 Taps = Mapping[str, Tensor]
+FitLevels = Callable[[Taps, Tensor], tuple[Level, ...]]  # of features and labels of the same images
 
 
 def fit_selector(
@@ -57,20 +62,14 @@ def fit_selector(
     seed: int = 0,
     iterations: int = DEFAULT_ITERATIONS,
 ) -> TaskSelector:
-    """Fit a selector on some images of a task and calibrate it on others.
-
-    With calibration images, P(a new image of the task is refused) <= alpha is a theorem (see
-    `conformal_threshold`), for they have no part in the scores. Without, every image is scored by
-    autoencoders of the other four fifths ("cross-fitting"); the promise is then kept in practice
-    but not proved, for the selector's own autoencoders have seen all images.
+    """Fit autoencoders on some images of a task and calibrate them on others, see `calibrated`.
 
     Args:
         taps_fit: frozen features (N, F) by name; at least `features`.
         taps_calibration: the same of other images, or None to cross-fit.
         features: one level for each.
         code_size: C of every level.
-        alpha: the share of the task's own images that may be refused. With n scores nothing below
-            1 / (n + 1) can be promised; then that is promised, and the selector's `alpha` says so.
+        alpha: the share of the task's own images that may be refused.
         seed: decides everything that is random; equal seeds give equal bits on one machine.
         iterations: of each autoencoder's training.
 
@@ -78,10 +77,49 @@ def fit_selector(
         DataError: no image to fit or to calibrate, or fewer than two to cross-fit.
         KeyError: a feature is missing.
     """
-    fit = partial(_fit_levels, features=features, C=code_size, seed=seed, iterations=iterations)
-    levels = fit(taps_fit)
+
+    def fit(taps: Taps, _: Tensor) -> tuple[Level, ...]:
+        return tuple(
+            fit_level(taps[name], name, code_size=code_size, seed=seed, iterations=iterations)
+            for name in features
+        )
+
+    labels_N = torch.zeros(_count(taps_fit), dtype=torch.int64)
+    return calibrated(fit, taps_fit, labels_N, taps_calibration, alpha=alpha, seed=seed)
+
+
+def calibrated(
+    fit: FitLevels,
+    taps_fit: Taps,
+    labels_N: Tensor,
+    taps_calibration: Taps | None,
+    *,
+    alpha: float,
+    seed: int,
+) -> TaskSelector:
+    """Fit levels of any kind, and set the threshold that keeps a promise.
+
+    With calibration images, P(a new image of the task is refused) <= alpha is a theorem (see
+    `conformal_threshold`), for they have no part in the scores. Without, every image is scored by
+    levels of the other four fifths ("cross-fitting"); the promise is then kept in practice but not
+    proved, for the selector's own levels have seen all images.
+
+    Args:
+        fit: makes levels of features and labels.
+        taps_fit: frozen features (N, F) by name.
+        labels_N: classes of the same images.
+        taps_calibration: features of other images, or None to cross-fit.
+        alpha: the share of the task's own images that may be refused. With n scores nothing below
+            1 / (n + 1) can be promised; then that is promised, and the selector's `alpha` says so.
+        seed: of the folds.
+
+    Raises:
+        DataError: no image to fit or to calibrate, or fewer than two to cross-fit.
+    """
+    _count(taps_fit)
+    levels = fit(taps_fit, labels_N)
     if taps_calibration is None:
-        scores_N = _cross_fitted_scores(taps_fit, fit, seed)
+        scores_N = _cross_fitted_scores(taps_fit, labels_N, fit, seed)
     else:
         _count(taps_calibration)
         scores_N = _scores(levels, taps_calibration)
@@ -100,32 +138,52 @@ def fit_level(
     units that differ from task to task. The level's center takes them out again: its score is the
     logarithm of the error times the geometric mean of the variances, comparable between tasks.
     """
-    generator = torch.Generator().manual_seed(seed)
     x_NF = features_NF.detach().to("cpu", torch.float32)
     mean_F, std_F = _mean_and_std(x_NF)
-    z_NF = (x_NF - mean_F) / std_F
-    weights = _initial_weights(x_NF.shape[1], code_size, generator)
-    encoder_FC, encoder_bias_C, decoder_CF, decoder_bias_F = weights
-    optimiser = Adam(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = CosineAnnealingLR(optimiser, iterations)
-    for _ in range(iterations):
-        z_BF = z_NF[torch.randint(len(z_NF), (BATCH,), generator=generator)]
-        code_BC = torch.addmm(encoder_bias_C, z_BF, encoder_FC).relu()
-        loss = (torch.addmm(decoder_bias_F, code_BC, decoder_CF) - z_BF).square().mean()
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        optimiser.step()
-        schedule.step()
-    return AutoencoderLevel(
-        feature=feature,
-        mean_F=mean_F,
-        std_F=std_F,
-        encoder_FC=encoder_FC.detach(),
-        encoder_bias_C=encoder_bias_C.detach(),
-        decoder_CF=decoder_CF.detach(),
-        decoder_bias_F=decoder_bias_F.detach(),
+    return _trained(
+        x_NF,
+        feature,
+        units=(mean_F, std_F),
         center=-2 * float(std_F.log().mean()),
-        spread=1.0,
+        code_size=code_size,
+        seed=seed,
+        schedule=lambda optimiser: CosineAnnealingLR(optimiser, iterations),
+        learning_rate=LEARNING_RATE,
+        iterations=iterations,
+    )
+
+
+def fit_plain_level(
+    features_NF: Tensor,
+    feature: str,
+    *,
+    units: tuple[Tensor, Tensor],
+    code_size: int,
+    seed: int,
+    iterations: int,
+    learning_rate: float,
+) -> AutoencoderLevel:
+    """Fit one autoencoder at a constant learning rate, whose score is the plain logarithm of error.
+
+    Args:
+        features_NF: of some images.
+        feature: their name.
+        units: mean and deviation (F,), the same for all that are to be compared.
+        code_size: C.
+        seed: of everything that is random.
+        iterations: batches of 64.
+        learning_rate: of Adam.
+    """
+    return _trained(
+        features_NF.detach().to("cpu", torch.float32),
+        feature,
+        units=units,
+        center=0.0,
+        code_size=code_size,
+        seed=seed,
+        schedule=lambda optimiser: ConstantLR(optimiser, factor=1.0),
+        learning_rate=learning_rate,
+        iterations=iterations,
     )
 
 
@@ -134,13 +192,43 @@ def false_reject_rate(selector: TaskSelector, taps: Taps) -> float:
     return float((~selector.accepted(taps)).double().mean())
 
 
-def _fit_levels(
-    taps: Taps, *, features: Sequence[str], C: int, seed: int, iterations: int
-) -> tuple[Level, ...]:
-    _count(taps)
-    return tuple(
-        fit_level(taps[feature], feature, code_size=C, seed=seed, iterations=iterations)
-        for feature in features
+def _trained(
+    x_NF: Tensor,
+    feature: str,
+    *,
+    units: tuple[Tensor, Tensor],
+    center: float,
+    code_size: int,
+    seed: int,
+    schedule: Callable[[Adam], LRScheduler],
+    learning_rate: float,
+    iterations: int,
+) -> AutoencoderLevel:
+    generator = torch.Generator().manual_seed(seed)
+    mean_F, std_F = units
+    z_NF = (x_NF - mean_F) / std_F
+    weights = _initial_weights(x_NF.shape[1], code_size, generator)
+    encoder_FC, encoder_bias_C, decoder_CF, decoder_bias_F = weights
+    optimiser = Adam(weights, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    rate = schedule(optimiser)
+    for _ in range(iterations):
+        z_BF = z_NF[torch.randint(len(z_NF), (BATCH,), generator=generator)]
+        code_BC = torch.addmm(encoder_bias_C, z_BF, encoder_FC).relu()
+        loss = (torch.addmm(decoder_bias_F, code_BC, decoder_CF) - z_BF).square().mean()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
+        rate.step()
+    return AutoencoderLevel(
+        feature=feature,
+        mean_F=mean_F,
+        std_F=std_F,
+        encoder_FC=encoder_FC.detach(),
+        encoder_bias_C=encoder_bias_C.detach(),
+        decoder_CF=decoder_CF.detach(),
+        decoder_bias_F=decoder_bias_F.detach(),
+        center=center,
+        spread=1.0,
     )
 
 
@@ -169,15 +257,15 @@ def _scores(levels: tuple[Level, ...], taps: Taps) -> Tensor:
     return TaskSelector(levels, threshold=math.inf, alpha=None).scores(taps)
 
 
-def _cross_fitted_scores(taps: Taps, fit: partial[tuple[Level, ...]], seed: int) -> Tensor:
-    """Scores (N,) of every image under autoencoders that have not seen it."""
+def _cross_fitted_scores(taps: Taps, labels_N: Tensor, fit: FitLevels, seed: int) -> Tensor:
+    """Scores (N,) of every image under levels that have not seen it."""
     count = _count(taps, least=2)
     order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     folds = order_N.tensor_split(min(FOLDS, count))
     parts = []
     for held_out in folds:
         others = torch.cat([fold for fold in folds if fold is not held_out])
-        parts.append(_scores(fit(_rows(taps, others)), _rows(taps, held_out)))
+        parts.append(_scores(fit(_rows(taps, others), labels_N[others]), _rows(taps, held_out)))
     return torch.cat(parts)
 
 
