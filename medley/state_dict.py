@@ -38,12 +38,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise _refused(path, "holds something else than tensors, or is damaged") from error
     except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise _refused(path, "is damaged or cut short") from error
+        raise _refused(path, "is damaged, cut short or no state dict") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not loaded:
         raise _refused(path, "is no state dict")
-    if strangers := [name for name, value in loaded.items() if not isinstance(value, Tensor)]:
+    if strangers := [name for name, value in loaded.items() if not _is_plain(value)]:
         raise _refused(path, f"holds something else than tensors: {strangers[0]!r:.80}")
     return _without_module(loaded)
 
@@ -52,6 +52,16 @@ def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor whose numbers are all there: not sparse, quantised or on "meta"."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+    )
 
 
 def _without_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

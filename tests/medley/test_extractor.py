@@ -88,7 +88,7 @@ def test_weights_of_something_else_are_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(BackboneError, match=r"^vgg.pth is not of torchvision's AlexNet$"):
         load_alexnet(tmp_path / "vgg.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 5)
-    with pytest.raises(BackboneError, match=r"^cut.safetensors is damaged or cut short$"):
+    with pytest.raises(BackboneError, match=r"^cut.safetensors is damaged, cut short or"):
         load_alexnet(tmp_path / "cut.safetensors")
     with pytest.raises(BackboneError, match=r"^none.pth cannot be read: No such file"):
         load_alexnet(tmp_path / "none.pth")

@@ -55,7 +55,7 @@ class Checkpoint:
         trained: dict[int, bool] = {}
         for name, tensor in self.tensors.items():
             place, _, number = name.rpartition(".")
-            if place.endswith(".router_list") and number.isdigit():
+            if place.endswith(".router_list") and number.isdecimal():
                 trained[int(number)] = trained.get(int(number), False) or bool(tensor.any())
         if not trained:
             raise self._refused(self._other_kind())
@@ -156,17 +156,17 @@ class Checkpoint:
         return [replace(shared, router_DE=take(f"router_list.{t}", D, E)) for t in tasks]
 
     def _sizes(self, prefix: str) -> tuple[int, int]:
-        """E and R as a block's first tensors have them; wrong ones show in the others."""
+        """E as the names count them, R of the first; what is wrong shows in the others."""
         list_of = f"{prefix}.adaptmlp_list."
         experts = {
             int(number)
             for name in self.tensors
             if name.startswith(list_of)
             and (number := name[len(list_of) :].partition(".")[0])
-            and number.isdigit()
+            and number.isdecimal()
         }
         first = self.tensors.get(f"{list_of}0.down_proj.bias")
-        return max(experts, default=0) + 1, 1 if first is None else first.numel()
+        return len(experts) or 1, 1 if first is None else first.numel()
 
     def _difference(self, name: str, own: Tensor) -> str | None:
         theirs = self.tensors.get(name)

@@ -5,19 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from medley.admission import admit
-from medley.backbone import Backbone
+from medley.backbone import Backbone, wrap
 from medley.bundle import read_bundle
 from medley.classifier import Ask, Classifier
 from medley.errors import BackboneError, BundleError
 from medley.pool import Capacity
 from medley.routed import ZERO_SHOT, RoutedModel
 from tests.golden_model import close, golden_backbone, golden_state_dict, load_golden
+from tests.trainer.imports import authors
 from tests.trainer.tiny import pictures
 from trainer.imports.bundles import Source, write_bundles
 from trainer.imports.checkpoint import read_checkpoint
@@ -238,6 +240,7 @@ def test_a_file_that_was_cut_short_is_refused_in_one_line(
         ([1, 2], "is no state dict"),
         ({}, "is no state dict"),
         ({"state_dict": {"epoch": 3}}, "holds something else than tensors: 'epoch'"),
+        ({"w": torch.zeros(3, device="meta")}, "holds something else than tensors: 'w'"),
     ],
 )
 def test_a_file_of_something_else_is_refused(content: Any, problem: str, tmp_path: Path) -> None:
@@ -273,6 +276,11 @@ def untrained_in_between(state: State) -> None:
             state[name] = torch.zeros_like(state[name])
 
 
+def numbered_wildly(state: State) -> None:
+    for name in [name for name in state if name.startswith(f"{BLOCK}.adaptmlp_list.4.")]:
+        state[name.replace("list.4.", "list.999999999999.")] = state.pop(name)
+
+
 def class_incremental(state: State) -> None:
     for name in [name for name in state if "router_list" in name]:
         router = state.pop(name)
@@ -288,6 +296,7 @@ def class_incremental(state: State) -> None:
             without(*(f"{BLOCK}.adaptmlp_list.2.{n}_proj.bias" for n in ("down", "up"))),
             r"adaptmlp_list.2.down_proj.bias is missing, and 1 more problem",
         ),
+        (numbered_wildly, r"resblocks.1.adaptmlp_list.4.down_proj.weight is missing, and"),
         (not_finite, r"adaptmlp_list.2.down_proj.bias has values that are not finite"),
         (untrained_in_between, r"the routers of tasks \[0, 1, 2, 4, .*, 10\] are trained"),
         (class_incremental, r"it is of class-incremental learning"),
@@ -307,6 +316,26 @@ def test_a_checkpoint_that_lacks_something_is_refused_and_says_what(
         list(write_bundles(source, backbone, tmp_path))
     assert caught.value.code == "checkpoint"
     assert list(tmp_path.iterdir()) == [tmp_path / "SUN397.pth"]
+
+
+@pytest.mark.slow  # 1.5 GB of files and 4 GB of memory
+def test_a_checkpoint_of_the_published_size_fits_a_server_with_default_settings(
+    tmp_path: Path,
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.create_model("ViT-B-16-quickgelu", load_weights=False)
+    backbone = wrap(clip, name="b16", tokenizer=open_clip.get_tokenizer("ViT-B-16-quickgelu"))
+    path = authors.checkpoint(tmp_path / "SUN397.pth", backbone, tasks=11, learnt=2, E=22)
+    source = Source(checkpoint=read_checkpoint(path), tasks=TASKS)
+    files = [
+        tmp_path / f"{bundle.manifest.task}-1.safetensors"
+        for bundle in write_bundles(source, backbone, tmp_path)
+    ]
+    assert [177e6 < file.stat().st_size < 178.5e6 for file in files] == [True, True]
+    classifier = Classifier(RoutedModel(backbone))
+    assert [admit(read_bundle(file), classifier) for file in files] == [0, 1]
+    assert classifier.model._vision.free_slots == 128 - 22
 
 
 def test_a_plain_clip_is_no_checkpoint(
