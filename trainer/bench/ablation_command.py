@@ -1,0 +1,67 @@
+"""`medley bench ablation`. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from trainer.progress import bars
+from trainer.sources import DEFAULT_CACHE
+
+__all__ = ["ablation_command"]
+
+DEFAULT_SEEDS = (0, 1, 2)
+out, err = Console(), Console(stderr=True)
+
+
+class AblationName(StrEnum):
+    """What is asked."""
+
+    FIRST_EXPERT_BLOCK = "first_expert_block"
+    DDAS = "ddas"
+    EXPERTS = "experts"
+    FREEZE = "freeze"
+    TEXT_EXPERTS = "text_experts"
+    RELU = "relu"
+    ALPHA = "alpha"
+
+
+def ablation_command(
+    name: Annotated[AblationName, typer.Argument(help="What is asked.")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder of ablations; an interrupted one goes on.")
+    ],
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
+    ] = None,
+    backbone: Annotated[
+        str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
+    ] = "medley-mini",
+    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone.")] = None,
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    cache: Annotated[Path, typer.Option(help="Where data and features are kept.")] = DEFAULT_CACHE,
+) -> None:
+    """Compare some arms on the small suite: one question, a table with seeds, a picture."""
+    from medley.backbone import load_backbone
+    from trainer.bench.ablation_run import run_ablation
+    from trainer.bench.ablations import ablation
+    from trainer.suites import open_suite
+
+    with bars(err) as show:
+        report = run_ablation(
+            ablation(name.value),
+            open_suite("small", cache=cache),
+            load_backbone(backbone, weights=weights, device=device),
+            folder,
+            seeds=seed or DEFAULT_SEEDS,
+            cache=cache,
+            command=" ".join(["medley", *sys.argv[1:]]),
+            bars=show,
+        )
+    out.print(Markdown(report))

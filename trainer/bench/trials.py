@@ -1,0 +1,155 @@
+"""One trial of an ablation: one arm, one seed, and what it comes to as a few numbers.
+
+Legend: N images, C classes, E embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medley.classifier import Ask, Classifier
+from medley.experts import TaskExperts
+from medley.prompts import class_text_features
+from medley.routed import RoutedModel
+from trainer.bench.course import Course, Meter
+from trainer.bench.results import routed_right
+from trainer.bench.routers import score_router
+from trainer.checkpoint import make_folder
+from trainer.datasets import ImageSet
+from trainer.ddas import fit_selector
+from trainer.export import BUCKET, capacity_for, keep, measure_usage
+from trainer.frozen import frozen_buckets, frozen_taps
+from trainer.methods import FrozenExperts, MoeAdapter
+from trainer.training import Trained, train
+
+__all__ = ["Metrics", "learning_trial", "routing_trial"]
+
+Metrics = dict[str, float]
+
+# They decide what is made of a trained learner, not how it is trained.
+AFTER_TRAINING = ("freeze", "freeze_mass", "freeze_count", "alpha", "ddas_iterations")
+
+
+def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
+    """Train experts for one task, the task told.
+
+    Args:
+        course: with the settings of the arm.
+        task: one of the course.
+        trained: folder of learners; arms that differ only in what is done after training share
+            one, and one half trained goes on.
+
+    Returns:
+        ``trained``: accuracy of the learner as it was trained; ``kept``: that of the experts that
+        a bundle would hold, where it could; parameters; processor seconds.
+    """
+    with Meter.measured(course.backbone.device) as meter:
+        result = _trained(course, task, trained)
+    learner, settings = result.learner, course.settings
+    assert isinstance(learner, MoeAdapter)
+    usage = measure_usage(learner, result.trunk, settings)
+    kept = keep(learner, FrozenExperts(), usage, settings)
+    counts = learner.counts(kept)
+    test = course.test[task]
+    metrics: Metrics = {
+        "trained": _trained_accuracy(course, learner, test),
+        "stored parameters": counts.stored,
+        "active parameters": counts.active,
+        "CPU seconds": meter.cpu_seconds,
+    }
+    if settings.relu:  # a bundle's experts have one
+        metrics["kept"] = _kept_accuracy(course, kept, test)
+    return metrics
+
+
+def routing_trial(course: Course, arm: Mapping[str, Any]) -> Metrics:
+    """Fit the selectors of all tasks of a course and see where the test images go.
+
+    Args:
+        course: with the seed of the trial.
+        arm: arguments of `fit_selector`.
+
+    Returns:
+        shares as in `Routing`: rejects and accepts are means over the tasks.
+    """
+    classifier, selectors = course.classifier(), {}
+    for task in course.order:
+        part, held_out = course.parts(task)
+        assert held_out is not None
+        names = arm.get("features", ("block1:mean",))
+        selectors[task] = fit_selector(
+            frozen_taps(classifier, part, names),
+            frozen_taps(classifier, held_out, names),
+            seed=course.settings.seed,
+            **arm,
+        )
+    routing = score_router(selectors, classifier, course.test).routing("ddas", arm.get("alpha"))
+    return {
+        "accuracy": routed_right(routing)[0],
+        "AUROC": routing.auroc,
+        "false reject": float(np.mean(routing.false_reject)),
+        "false accept": float(np.mean(routing.false_accept)),
+    }
+
+
+def _trained(course: Course, task: str, folder: Path) -> Trained:
+    part, _ = course.parts(task)
+    identity = _identity(course, task, part)
+    make_folder(folder)
+    checkpoint = folder / f"{task}-{identity[:24]}.pt"
+    return train(
+        course.backbone,
+        part,
+        None,  # no curve: it costs, and nobody looks
+        course.settings,
+        checkpoint=checkpoint,
+        identity=identity,
+        resume=checkpoint.exists(),
+        checkpoint_every_s=60.0,
+        watcher=course.bars.learning(task, course.settings.batch_size),
+    )
+
+
+def _identity(course: Course, task: str, part: ImageSet) -> str:
+    settings = {k: v for k, v in course.settings.as_dict().items() if k not in AFTER_TRAINING}
+    about = {
+        "backbone": course.backbone.fingerprint,
+        "task": task,
+        "data": part.digest,
+        "settings": settings,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _trained_accuracy(course: Course, learner: MoeAdapter, test: ImageSet) -> float:
+    text_CE = learner.text_features_of(test.class_names, test.templates)
+    parts = [
+        learner.image_features_of(frozen.hidden_BLD)[:count]
+        for frozen, count in frozen_buckets(course.classifier(), test)
+    ]
+    return _accuracy(torch.cat(parts), text_CE, test)
+
+
+def _kept_accuracy(course: Course, kept: TaskExperts, test: ImageSet) -> float:
+    first = course.settings.first_image_block(course.backbone)
+    model = RoutedModel(course.backbone, first_expert_block=first, capacity=capacity_for([kept]))
+    classifier, route = Classifier(model, bucket=BUCKET), model.load(kept)
+    text_CE = class_text_features(model, test.class_names, test.templates, route)
+    parts = [
+        classifier.follow(frozen, [Ask(route)] * count).features_BE
+        for frozen, count in frozen_buckets(classifier, test)
+    ]
+    return _accuracy(torch.cat(parts), text_CE, test)
+
+
+def _accuracy(image_NE: Tensor, text_CE: Tensor, test: ImageSet) -> float:
+    guesses_N = (image_NE @ text_CE.T).argmax(1).cpu().numpy()
+    return float((guesses_N == test.labels).mean())
