@@ -261,7 +261,7 @@ def _case(
     if limit is not None:
         chosen = np.random.default_rng(seed).permutation(len(test))[:limit]
         test = test.subset(np.sort(chosen))
-    parted = spec.startswith("suite:") or (Path(spec) / "train").is_dir()
+    parted = spec.startswith(("suite:", "mtil:")) or (Path(spec) / "train").is_dir()
     training = (
         open_dataset(spec, "train", skip_unreadable=skip_unreadable) if probe and parted else None
     )

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 
 if TYPE_CHECKING:
@@ -69,19 +69,12 @@ def fetch(
     if suite is SuiteName.MTIL:
         sources = "; ".join(f"{card.task}: {card.source}" for card in _cards(suite).values())
         raise DataError(f"mtil cannot be fetched for you; get the data sets from {sources}")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        bar = progress.add_task("", total=len(_chosen(suite, tasks)))
-        for task in _chosen(suite, tasks):
-            progress.update(bar, description=task)
+    chosen = _chosen(suite, tasks)
+    with bars(err) as progress:
+        advance = progress.counting("tasks", len(chosen))
+        for task in chosen:
             load_task(task, "test", cache=cache)
-            progress.advance(bar)
-        progress.update(bar, description="done")
+            advance(1)
 
 
 @data_commands.command()
@@ -146,9 +139,10 @@ def _problems(
     if suite is SuiteName.MTIL and root is not None:
         from trainer.mtil import problems as mtil_problems
 
-        with Progress(console=err, transient=True, disable=not decode) as progress:
-            bar = progress.add_task(task, total=sum(_cards(suite)[task].images.values()))
-            return mtil_problems(task, root, decode=decode, on_image=lambda: progress.advance(bar))
+        with bars(err) as progress:
+            total = sum(_cards(suite)[task].images.values())
+            advance = progress.counting(task, total) if decode else lambda count: None
+            return mtil_problems(task, root, decode=decode, on_image=lambda: advance(1))
     from trainer.suite import problems as small_problems
 
     return small_problems(task, cache)
