@@ -43,7 +43,7 @@ class Autochooser:
             levels=(self.levels[task],),
             threshold=math.log(threshold),
             alpha=None,
-            reference=self.reference,
+            reference=(self.reference,),
             margin=STRICTLY_LESS,
         )
 
