@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch.nn.functional import normalize
 
 from kernels.autoencoder_errors import Output, autoencoder_errors
 
-__all__ = ["AutoencoderLevel", "GaussianLevel", "Level", "PrototypeLevel", "Scored"]
+__all__ = ["AutoencoderLevel", "GaussianLevel", "Level", "PrototypeLevel", "Scale", "Scored"]
 
+Scale = Literal["log", "linear"]
 Scored = Callable[[Tensor], Tensor]  # features (B, F) to float32: (B, G), or (B,) of one level
 
 _MOST_STACKED = 2**20  # numbers of an encoder: a stack is a copy of all the autoencoders in it
@@ -72,7 +73,11 @@ class _Level:
         errors = cls._errors(levels, device)
         center_G = torch.tensor([level.center for level in levels], device=device)
         spread_G = torch.tensor([level.spread for level in levels], device=device)
-        return lambda x_BF: (errors(x_BF).clamp_min(_SMALLEST_ERROR).log() - center_G) / spread_G
+        scaled = levels[0]._scaled
+        return lambda x_BF: (scaled(errors(x_BF)) - center_G) / spread_G
+
+    def _scaled(self, errors_BG: Tensor) -> Tensor:
+        return errors_BG.clamp_min(_SMALLEST_ERROR).log()
 
     def same(self, other: _Level) -> bool:
         """Whether the other scores every image the same, because it has the same bits."""
@@ -172,7 +177,10 @@ class GaussianLevel(_Level):
     """Classes as Gaussians that share a covariance S; ``whitening @ whitening.T`` is its inverse.
 
     The error is the squared Mahalanobis distance from the nearest class, by dimension: the minimum
-    over k of ``||(x - mean_k) @ whitening|| ** 2 / W``. W < F leaves directions out.
+    over k of ``||(x - mean_k) @ whitening|| ** 2 / W``. W < F leaves directions out. With a linear
+    scale the score has no logarithm, (error - center) / spread: with one class, the center
+    ``-logdet(S) / W`` and spread 1 it is minus twice the log density by dimension, up to a constant
+    that all levels share, and the difference of two scores a log likelihood ratio.
 
     Raises:
         ValueError: as for `AutoencoderLevel`.
@@ -184,6 +192,15 @@ class GaussianLevel(_Level):
 
     means_KF: Tensor
     whitening_FW: Tensor
+    scale: Scale = "log"
+
+    @property
+    def group(self) -> tuple[str | int, ...]:
+        """Levels of one group are scored together; sortable."""
+        return (*super().group, self.scale)
+
+    def _scaled(self, errors_BG: Tensor) -> Tensor:
+        return errors_BG if self.scale == "linear" else super()._scaled(errors_BG)
 
     def _error(self, device: torch.device) -> Scored:
         means_KF, whitening_FW = (t.to(device, torch.float32) for t in self.tensors)

@@ -109,6 +109,7 @@ class GaussianSpec(_LevelSpec):
     kind: Literal["gaussian"]
     classes: Dim
     rank: Dim
+    scale: Literal["log", "linear"] = "log"
 
 
 class PrototypeSpec(_LevelSpec):
@@ -155,14 +156,14 @@ class SelectorSpec(_Part):
     levels: Annotated[tuple[LevelSpec, ...], Field(min_length=1, max_length=16)]
     alpha: Annotated[float, Field(gt=0, lt=1)] | None
     threshold: float | None
-    reference: LevelSpec | None = None
+    reference: Annotated[tuple[LevelSpec, ...], Field(max_length=16)] = ()
     margin: float | None = None
     extractors: dict[Feature, Digest] = {}
     calibration: Calibration
 
     @model_validator(mode="after")
     def _every_foreign_feature_with_its_extractor(self) -> Self:
-        levels = self.levels if self.reference is None else (*self.levels, self.reference)
+        levels = (*self.levels, *self.reference)
         foreign = {f for level in levels if (f := level.feature).startswith(_FOREIGN)}
         if foreign != self.extractors.keys():
             raise ValueError(
@@ -172,7 +173,7 @@ class SelectorSpec(_Part):
 
     @model_validator(mode="after")
     def _reference_with_margin(self) -> Self:
-        if (self.reference is None) != (self.margin is None):
+        if bool(self.reference) == (self.margin is None):
             raise ValueError("a reference needs a margin, and a margin a reference")
         return self
 

@@ -46,7 +46,7 @@ class TaskSelector:
         threshold: an image is accepted if its score is at most this,
         alpha: the share of the task's own images that it may refuse; None where the threshold was
             set by hand (see `fixed_threshold`).
-        reference: another level, which no image is given to.
+        reference: other levels, added up likewise, which no image is given to.
         margin: and if score - reference score is at most this. Only with a reference, and always.
             The paper's rule, arXiv:2403.11549, is `STRICTLY_LESS`: in a tie the reference wins.
 
@@ -58,7 +58,7 @@ class TaskSelector:
     levels: tuple[Level, ...]
     threshold: float
     alpha: float | None
-    reference: Level | None = None
+    reference: tuple[Level, ...] = ()
     margin: float | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class TaskSelector:
             raise ValueError("a selector needs at least one level")
         if math.isnan(self.threshold):
             raise ValueError("the threshold is not a number")
-        if (self.reference is None) != (self.margin is None):
+        if bool(self.reference) == (self.margin is None):
             raise ValueError("a reference needs a margin, and a margin a reference")
         if self.margin is not None and not math.isfinite(self.margin):
             raise ValueError(f"the margin {self.margin} is not a finite number")
@@ -169,19 +169,17 @@ class SelectorBank:
 
     def _shared(self, selector: TaskSelector) -> TaskSelector:
         """Let it use a reference that is here already: tasks of one base bring the same one."""
-        if selector.reference is None:
-            return selector
-        here = (s.reference for s in self._selectors.values() if s.reference is not None)
-        same = (reference for reference in here if reference.same(selector.reference))
+        here = (s.reference for s in self._selectors.values())
+        same = (reference for reference in here if _same(reference, selector.reference))
         return replace(selector, reference=next(same, selector.reference))
 
     def _stack(self) -> None:
         """Give every task a column, and after them every reference; a task without is its own."""
         selectors = [self._selectors[path] for path in self.tasks]
         levels = [(t, level) for t, selector in enumerate(selectors) for level in selector.levels]
-        own = [selector.reference for selector in selectors if selector.reference is not None]
-        column = {reference: len(selectors) + r for r, reference in enumerate(dict.fromkeys(own))}
-        levels += [(x, reference) for reference, x in column.items()]
+        own = dict.fromkeys(selector.reference for selector in selectors if selector.reference)
+        column = {reference: len(selectors) + r for r, reference in enumerate(own)}
+        levels += [(x, level) for reference, x in column.items() for level in reference]
         alike: dict[tuple[str | int, ...], list[tuple[int, Level]]] = defaultdict(list)
         for x, level in levels:
             alike[level.group].append((x, level))
@@ -189,7 +187,7 @@ class SelectorBank:
         self._groups = [_Group.stack(alike[key], self._device) for key in sorted(alike)]
         self._num_references = len(column)
         self._reference_T = self._tensor(
-            [t if s.reference is None else column[s.reference] for t, s in enumerate(selectors)],
+            [column.get(selector.reference, t) for t, selector in enumerate(selectors)],
             torch.int64,
         )
         self._thresholds_T = self._tensor([s.threshold for s in selectors])
@@ -238,6 +236,10 @@ def fixed_threshold(selector: TaskSelector, error: float) -> TaskSelector:
         raise ValueError(f"the threshold on the error is {error}, must be positive")
     level = replace(selector.levels[0], center=0.0, spread=1.0)
     return TaskSelector((level,), threshold=math.log(error), alpha=None)
+
+
+def _same(a: tuple[Level, ...], b: tuple[Level, ...]) -> bool:
+    return len(a) == len(b) and all(x.same(y) for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

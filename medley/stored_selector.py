@@ -8,8 +8,8 @@ Legend: F feature width, C code width, K classes or prototypes, W width of what 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ __all__ = [
 LENGTH_TOLERANCE = 0.01
 
 _REFERENCE = "reference"
+_L = TypeVar("_L", Level, LevelSpec)
 
 # Where a tensor lies within a level, and the field of the level that it becomes.
 _FIELDS: dict[type[Level], dict[str, str]] = {
@@ -59,12 +60,9 @@ _KINDS: dict[str, type[Level]] = {
 
 def selector_tensors(selector: TaskSelector) -> dict[str, Tensor]:
     """Name what a selector was fitted to as it lies in a bundle."""
-    levels: dict[str, Level] = {str(i): level for i, level in enumerate(selector.levels)}
-    if selector.reference is not None:
-        levels[_REFERENCE] = selector.reference
     return {
         f"ddas.{place}.{name}": getattr(level, field)
-        for place, level in levels.items()
+        for place, level in _places(selector.levels, selector.reference).items()
         for name, field in _FIELDS[type(level)].items()
     }
 
@@ -73,12 +71,11 @@ def selector_spec(
     selector: TaskSelector, calibration: Calibration, *, extractors: Mapping[str, str] | None = None
 ) -> SelectorSpec:
     """Describe a selector for the manifest, with the digests of the extractors it looks at."""
-    reference = selector.reference
     return SelectorSpec(
         levels=tuple(_level_spec(level) for level in selector.levels),
         alpha=selector.alpha,
         threshold=None if selector.threshold == math.inf else selector.threshold,
-        reference=None if reference is None else _level_spec(reference),
+        reference=tuple(_level_spec(level) for level in selector.reference),
         margin=selector.margin,
         extractors=dict(extractors or {}),
         calibration=calibration,
@@ -87,13 +84,14 @@ def selector_spec(
 
 def stored_selector(spec: SelectorSpec, tensors: Mapping[str, Tensor]) -> TaskSelector:
     """Build the selector that `spec` describes from a bundle's tensors, which must be there."""
-    levels = {place: _level(place, level, tensors) for place, level in _levels(spec).items()}
-    reference = levels.pop(_REFERENCE, None)
+    places = _places(spec.levels, spec.reference)
+    levels = [_level(place, level, tensors) for place, level in places.items()]
+    own = len(spec.levels)
     return TaskSelector(
-        levels=tuple(levels.values()),
+        levels=tuple(levels[:own]),
         threshold=math.inf if spec.threshold is None else spec.threshold,
         alpha=spec.alpha,
-        reference=reference,
+        reference=tuple(levels[own:]),
         margin=spec.margin,
     )
 
@@ -102,7 +100,7 @@ def selector_shapes(spec: SelectorSpec) -> dict[str, tuple[int, ...]]:
     """Name every tensor that `spec` promises, with its shape."""
     return {
         f"ddas.{place}.{name}": shape
-        for place, level in _levels(spec).items()
+        for place, level in _places(spec.levels, spec.reference).items()
         for name, shape in zip(_FIELDS[_KINDS[level.kind]], _shapes(level), strict=True)
     }
 
@@ -121,9 +119,10 @@ def bad_selector_values(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _levels(spec: SelectorSpec) -> dict[str, LevelSpec]:
-    levels = {str(i): level for i, level in enumerate(spec.levels)}
-    return levels if spec.reference is None else levels | {_REFERENCE: spec.reference}
+def _places(levels: Sequence[_L], reference: Sequence[_L]) -> dict[str, _L]:
+    """Levels by where they lie in a bundle."""
+    own = {str(i): level for i, level in enumerate(levels)}
+    return own | {f"{_REFERENCE}.{i}": level for i, level in enumerate(reference)}
 
 
 def _level_spec(level: Level) -> LevelSpec:
@@ -137,7 +136,9 @@ def _level_spec(level: Level) -> LevelSpec:
         return AutoencoderSpec(**common, width=F, code_size=C, output=level.output)
     if isinstance(level, GaussianLevel):
         (K, F), W = level.means_KF.shape, level.whitening_FW.shape[1]
-        return GaussianSpec(**common, kind="gaussian", width=F, classes=K, rank=W)
+        return GaussianSpec(
+            **common, kind="gaussian", width=F, classes=K, rank=W, scale=level.scale
+        )
     K, F = level.prototypes_KF.shape
     return PrototypeSpec(**common, kind="prototype", width=F, prototypes=K)
 
@@ -149,6 +150,8 @@ def _level(place: str, spec: LevelSpec, tensors: Mapping[str, Tensor]) -> Level:
     }
     if isinstance(spec, AutoencoderSpec):
         fields["output"] = spec.output
+    if isinstance(spec, GaussianSpec):
+        fields["scale"] = spec.scale
     return kind(feature=spec.feature, center=spec.center, spread=spec.spread, **fields)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def selector(*levels: tuple[str, str], reference: str | None = None, seed: int =
         ),
         threshold=0.5,
         alpha=0.02,
-        reference=None
+        reference=()
         if reference is None
-        else random_level(reference, feature, WIDTHS[feature], random=random),
+        else (random_level(reference, feature, WIDTHS[feature], random=random),),
         margin=None if reference is None else STRICTLY_LESS,
     )
 
@@ -74,7 +75,25 @@ def test_any_selector_comes_back_from_a_bundle_bit_for_bit(
     theirs = bundle.selector()
     assert bundle.manifest.format == FORMAT
     assert all(a.same(b) for a, b in zip(ours.levels, theirs.levels, strict=True))
+    assert all(a.same(b) for a, b in zip(ours.reference, theirs.reference, strict=True))
     assert (theirs.threshold, theirs.alpha, theirs.margin) == (0.5, 0.02, ours.margin)
+    assert torch.equal(theirs.scores(taps()), ours.scores(taps()))
+    assert torch.equal(theirs.accepted(taps()), ours.accepted(taps()))
+
+
+def test_the_scale_of_a_gaussian_and_several_levels_of_a_reference_come_back(
+    tmp_path: Path,
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    own, *others = (
+        replace(random_level("gaussian", f, WIDTHS[f], random=random), scale="linear")
+        for f in (FEATURES[0], *FEATURES)
+    )
+    ours = TaskSelector((own,), math.inf, alpha=None, reference=tuple(others), margin=0.0)
+    write_bundle(*tiny_bundle(selector=ours), tmp_path / "b.safetensors")
+    theirs = read_bundle(tmp_path / "b.safetensors").selector()
+    assert theirs.threshold == math.inf
+    assert all(a.same(b) for a, b in zip(others, theirs.reference, strict=True))
     assert torch.equal(theirs.scores(taps()), ours.scores(taps()))
     assert torch.equal(theirs.accepted(taps()), ours.accepted(taps()))
 
@@ -87,7 +106,7 @@ def test_names_of_tensors_are_those_of_the_specification() -> None:
         "ddas.0.means",
         "ddas.0.whitening",
         "ddas.1.prototypes",
-        *(f"ddas.reference.{name}" for name in AUTOENCODER_TENSORS),
+        *(f"ddas.reference.0.{name}" for name in AUTOENCODER_TENSORS),
     ]
 
 
@@ -183,13 +202,14 @@ def test_a_level_that_is_no_object_is_refused(levels: object) -> None:
         lambda spec: spec.update(margin=None),
         lambda spec: spec.pop("reference"),
         lambda spec: spec.update(reference=None),
+        lambda spec: spec.update(reference=spec["reference"] * 17),
         lambda spec: spec.update(margin="0"),
         lambda spec: spec.update(margin=math.nan),
         lambda spec: spec.update(margin=-math.inf),
         lambda spec: spec.update(reference=[]),
         lambda spec: spec.update(reference="base"),
-        lambda spec: spec["reference"].update(spread=-1),
-        lambda spec: spec["reference"].update(kind="zero-shot"),
+        lambda spec: spec["reference"][0].update(spread=-1),
+        lambda spec: spec["reference"][0].update(kind="zero-shot"),
     ],
 )
 def test_a_reference_without_its_margin_and_the_other_way_round_is_refused(
@@ -241,14 +261,14 @@ def test_the_tensors_of_another_kind_do_not_do() -> None:
 
 
 def test_a_reference_that_the_manifest_does_not_name_is_refused() -> None:
-    found = problems(forged(lambda spec: spec.update(reference=None, margin=None)))
+    found = problems(forged(lambda spec: spec.update(reference=[], margin=None)))
     assert len(found) == 6
     assert all(p.startswith("tensor ddas.reference.") and "not expected" in p for p in found)
 
 
 def test_a_standard_deviation_of_a_reference_must_be_positive_too() -> None:
-    (problem,) = problems(forged(spoil=lambda t: t["ddas.reference.std"][:1].neg_()))
-    assert problem == "tensor ddas.reference.std has values that are not positive"
+    (problem,) = problems(forged(spoil=lambda t: t["ddas.reference.0.std"][:1].neg_()))
+    assert problem == "tensor ddas.reference.0.std has values that are not positive"
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.98, 1.02, 1e30])
@@ -264,7 +284,9 @@ def test_a_selector_that_is_read_can_be_built_and_never_fails(data: st.DataObjec
     # Whatever survives the reader has to be safe for the thread that owns the model.
     place = data.draw(st.sampled_from(["0", "1", "2", "3", "reference"]))
     field = data.draw(
-        st.sampled_from(["kind", "output", "classes", "rank", "prototypes", "center", "feature"])
+        st.sampled_from(
+            ["kind", "output", "scale", "classes", "rank", "prototypes", "center", "feature"]
+        )
     )
     value = data.draw(
         st.sampled_from([*LEVEL_KINDS, "linear", "stem:mean_std", "embedding", 1, 3, 5, 6, None])
@@ -272,7 +294,7 @@ def test_a_selector_that_is_read_can_be_built_and_never_fails(data: st.DataObjec
     )
 
     def change(spec: dict[str, Any]) -> None:
-        level = spec["reference"] if place == "reference" else spec["levels"][int(place)]
+        level = spec["reference"][0] if place == "reference" else spec["levels"][int(place)]
         level[field] = value
 
     try:
@@ -306,7 +328,7 @@ def test_a_bundle_of_format_1_is_read_under_its_own_seal() -> None:
     levels = bundle.manifest.selector.levels
     assert [level.feature for level in levels] == ["stem:mean_std", "block3:mean", "embedding"]
     assert {level.kind for level in levels} == {"autoencoder"}
-    assert bundle.selector().reference is None
+    assert bundle.selector().reference == ()
 
 
 def test_the_scores_of_a_bundle_of_format_1_are_what_they_were() -> None:
@@ -355,7 +377,7 @@ def test_what_was_read_in_format_1_is_written_in_the_present_one(tmp_path: Path)
         lambda spec: spec["levels"][0].update(kind="autoencoder"),
         lambda spec: spec["levels"][0].update(output="linear"),
         lambda spec: spec["levels"][0].update(output="sigmoid"),
-        lambda spec: spec.update(reference=None),
+        lambda spec: spec.update(reference=[]),
         lambda spec: spec.update(margin=None),
         lambda spec: spec.update(extractors={}),
         lambda spec: spec["levels"].append(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist, mahalanobis
+from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
 from kernels.autoencoder_errors import autoencoder_errors
@@ -46,6 +47,32 @@ def test_a_score_is_the_standardised_log_error(kind: str) -> None:
     scores_B = TaskSelector((level,), threshold=0.0, alpha=None).scores({"embedding": x_BF})
     expected_B = (_errors(level, x_BF).log() - level.center) / level.spread
     torch.testing.assert_close(scores_B, expected_B)
+
+
+def test_the_difference_of_two_linear_scores_is_a_log_likelihood_ratio() -> None:
+    random = np.random.default_rng(0)
+    levels, densities = [], []
+    for _ in range(2):
+        mean_F, half_FF = random.normal(size=F), random.normal(size=(F, F))
+        covariance_FF = half_FF @ half_FF.T + np.eye(F)
+        densities.append(multivariate_normal(mean_F, covariance_FF))
+        whitening_FF = np.linalg.cholesky(np.linalg.inv(covariance_FF))
+        levels.append(
+            GaussianLevel(
+                feature="embedding",
+                means_KF=torch.from_numpy(mean_F[None]).float(),
+                whitening_FW=torch.from_numpy(whitening_FF).float(),
+                scale="linear",
+                center=-float(np.linalg.slogdet(covariance_FF)[1]) / F,
+                spread=1.0,
+            )
+        )
+    x_BF = random.normal(size=(8, F))
+    taps = {"embedding": torch.from_numpy(x_BF).float()}
+    own_B, other_B = (TaskSelector((x,), math.inf, alpha=None).scores(taps) for x in levels)
+    ratio_B = densities[0].logpdf(x_BF) - densities[1].logpdf(x_BF)
+    expected_B = torch.from_numpy(-2 * ratio_B / F).float()
+    torch.testing.assert_close(own_B - other_B, expected_B, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sigmoid_autoencoder_is_the_papers_module() -> None:

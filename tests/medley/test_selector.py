@@ -59,13 +59,13 @@ def _of_kinds(*kinds: str, seed: int, reference: str | None = None) -> TaskSelec
         tuple(random_level(k, *features[i % 3], random=g) for i, k in enumerate(kinds)),
         threshold=3.0,
         alpha=0.02,
-        reference=None if reference is None else random_level(reference, *features[0], random=g),
+        reference=() if reference is None else (random_level(reference, *features[0], random=g),),
         margin=None if reference is None else 0.5,
     )
 
 
 def _against(selector: TaskSelector, *, margin: float) -> TaskSelector:
-    return replace(selector, reference=_level("stem:mean_std", seed=99), margin=margin)
+    return replace(selector, reference=(_level("stem:mean_std", seed=99),), margin=margin)
 
 
 # One task of each kind: one level, two, three, another code size, the same feature twice; levels of
@@ -81,10 +81,14 @@ SELECTORS = {
     10: _of_kinds("gaussian", "prototype", "autoencoder", seed=10, reference="autoencoder"),
     11: _of_kinds("autoencoder", "prototype", seed=10, reference="gaussian"),
     12: replace(
-        _selector("stem:mean_std", seed=12), reference=_level("stem:mean_std", seed=99), margin=-0.1
+        _selector("stem:mean_std", seed=12),
+        reference=(_level("stem:mean_std", seed=99),),
+        margin=-0.1,
     ),
     13: replace(
-        _selector("stem:mean_std", seed=13), reference=_level("stem:mean_std", seed=99), margin=0.2
+        _selector("stem:mean_std", seed=13),
+        reference=(_level("stem:mean_std", seed=99),),
+        margin=0.2,
     ),
 }
 
@@ -201,7 +205,7 @@ def test_a_broken_feature_is_claimed_by_nobody(path: int) -> None:
     for x_BF in taps.values():
         x_BF[0], x_BF[1] = math.nan, math.inf
     selector = replace(SELECTORS[path], threshold=math.inf)
-    if selector.reference is not None:
+    if selector.reference:
         selector = replace(selector, margin=1e30)
     assert selector.accepted(taps).tolist() == [False, False, True]
 
@@ -212,7 +216,7 @@ def test_an_image_must_be_more_familiar_than_to_the_reference() -> None:
     scores_B = plain.scores(taps)
     beyond_B = scores_B - TaskSelector((reference,), threshold=0.0, alpha=None).scores(taps)
     plain = replace(plain, threshold=float(scores_B.median()))
-    selector = replace(plain, reference=reference, margin=float(beyond_B.median()))
+    selector = replace(plain, reference=(reference,), margin=float(beyond_B.median()))
     near_B, accepted_B = beyond_B <= beyond_B.median(), plain.accepted(taps)
     assert torch.equal(selector.scores(taps), scores_B)
     assert torch.equal(selector.accepted(taps), accepted_B & near_B)
@@ -220,11 +224,21 @@ def test_an_image_must_be_more_familiar_than_to_the_reference() -> None:
     assert int((accepted_B & ~near_B).sum()) > 10
 
 
+def test_levels_of_a_reference_are_added_up() -> None:
+    taps = _taps(50)
+    plain = replace(_selector("stem:mean_std", seed=12), threshold=math.inf)
+    reference = (_level("stem:mean_std", seed=98), _level("embedding", seed=99))
+    reference_B = TaskSelector(reference, threshold=0.0, alpha=None).scores(taps)
+    beyond_B = plain.scores(taps) - reference_B
+    selector = replace(plain, reference=reference, margin=float(beyond_B.median()))
+    assert selector.accepted(taps).tolist() == (beyond_B <= beyond_B.median()).tolist()
+
+
 def test_a_tie_with_the_reference_goes_to_the_task_or_to_the_reference_as_the_margin_says() -> None:
     level = _level("embedding", seed=5)
     taps = _taps(20)
     for margin, accepted in ((0.0, True), (STRICTLY_LESS, False)):
-        selector = TaskSelector((level,), math.inf, alpha=None, reference=level, margin=margin)
+        selector = TaskSelector((level,), math.inf, alpha=None, reference=(level,), margin=margin)
         assert selector.accepted(taps).tolist() == [accepted] * 20
 
 
@@ -266,7 +280,7 @@ def test_the_papers_rule_is_the_least_error_unless_it_is_the_references() -> Non
         bank.add(
             path,
             TaskSelector(
-                (level,), math.log(limit), alpha=None, reference=levels[0], margin=STRICTLY_LESS
+                (level,), math.log(limit), alpha=None, reference=(levels[0],), margin=STRICTLY_LESS
             ),
         )
     scores_BT, accepted_BT = bank.scores(taps, 300)
@@ -301,7 +315,7 @@ def test_the_bank_asks_for_the_features_of_references_too() -> None:
     assert _bank(11).taps == ("block4:mean", "stem:mean_std")
     reference = _level("embedding", seed=1)
     bank = SelectorBank()
-    bank.add(3, replace(SELECTORS[3], reference=reference, margin=0.0))
+    bank.add(3, replace(SELECTORS[3], reference=(reference,), margin=0.0))
     assert bank.taps == ("embedding", "stem:mean_std")
 
 
