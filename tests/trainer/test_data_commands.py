@@ -7,6 +7,7 @@ import pytest
 
 from medley import cli
 from tests.trainer.mtil.copies import COPIES
+from tests.trainer.suite.test_cards import pinned_counts, write_textile
 from trainer.mtil import CARDS, TASKS
 from trainer.suite import TASKS as SMALL_TASKS
 
@@ -53,6 +54,15 @@ def test_mtil_is_not_fetched_and_one_line_says_where_it_comes_from(
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
     assert all(card.source in said for card in CARDS.values())
+
+
+def test_what_is_built_already_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_textile(tmp_path, pinned_counts())
+    assert medley(monkeypatch, "fetch", "textile", "--cache", tmp_path) == 0
+    assert "1/1" in capsys.readouterr().err
+    assert not (tmp_path / "sources").exists()
 
 
 def test_a_check_goes_through_all_data_sets_and_fails(

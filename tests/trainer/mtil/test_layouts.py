@@ -220,6 +220,25 @@ def test_cars_of_other_names_are_refused(tmp_path: Path) -> None:
         read("cars", "train", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        (np.array([(197, "1.jpg")], dtype=[("class", "u1"), ("fname", "O")]), "197 of only 196"),
+        (np.array([(0, "1.jpg")], dtype=[("class", "u1"), ("fname", "O")]), "0 of only 196"),
+        (np.array([3.5]), "no file and class in it"),
+    ],
+)
+def test_cars_annotations_that_make_no_sense_are_refused(
+    annotations: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    COPIES["cars"](tmp_path)
+    file = tmp_path / "stanford_cars/devkit/cars_train_annos.mat"
+    savemat(file, {"annotations": annotations})
+    with pytest.raises(DataError, match=message) as caught:
+        read("cars", "train", tmp_path)
+    assert str(file) in str(caught.value)
+
+
 def test_flowers_that_are_not_numbered_are_refused(tmp_path: Path) -> None:
     COPIES["flowers"](tmp_path)
     savemat(tmp_path / "flowers-102/setid.mat", {"trnid": np.array([[9]])})
