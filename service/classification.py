@@ -41,6 +41,8 @@ from service.schemas import (
 
 __all__ = ["Classification", "Plan", "Timed", "make_plan"]
 
+RoutedBy = Literal["auto", "labels", "explicit"]
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -57,7 +59,7 @@ class Plan:
     snapshot: Snapshot
     options: ClassifyOptions
     ask: Ask
-    routed_by: Literal["auto", "explicit"]
+    routed_by: RoutedBy
     labels: tuple[str, ...] | None
     templates: tuple[str, ...] | None
 
@@ -175,8 +177,11 @@ def make_plan(snapshot: Snapshot, options: ClassifyOptions) -> Plan:
     """Decide what to ask of the engine; see `Classification.classify` for what it raises."""
     labels = tuple(options.labels) if options.labels is not None else None
     templates = tuple(options.templates) if options.templates is not None else None
+    routed_by: RoutedBy = "explicit"
     if options.model == "auto":
-        ask = Ask(eligible=_eligible(snapshot, labels))
+        named = _named_by(snapshot, labels)
+        ask = Ask(path=named) if named is not None else Ask(eligible=_eligible(snapshot, labels))
+        routed_by = "auto" if named is None else "labels"
     elif options.model == "base":
         ask = Ask(path=ZERO_SHOT)
     else:
@@ -184,8 +189,14 @@ def make_plan(snapshot: Snapshot, options: ClassifyOptions) -> Plan:
         ask = Ask(path=snapshot.find(task, version if at else None).path)
     if ask.path in (None, ZERO_SHOT) and labels is None and snapshot.union is None:
         raise RequestError("no task is live, so labels are needed", code="labels_needed")
-    routed_by: Literal["auto", "explicit"] = "auto" if options.model == "auto" else "explicit"
     return Plan(snapshot, options, ask, routed_by, labels, templates)
+
+
+def _named_by(snapshot: Snapshot, labels: tuple[str, ...] | None) -> int | None:
+    """The only live task whose classes are exactly the labels: who lists them all means it."""
+    wanted = {label.casefold() for label in labels or ()}
+    alike = [r.path for r in snapshot.live.values() if wanted == r.own.row_of.keys()]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _eligible(snapshot: Snapshot, labels: tuple[str, ...] | None) -> frozenset[int]:

@@ -125,7 +125,7 @@ class Prediction(BaseModel):
     probability: float
     top_k: list[Choice]
     path: Path
-    routed_by: Literal["auto", "explicit"]
+    routed_by: Literal["auto", "labels", "explicit"]
     label_set: Literal["task", "request", "union"]
     scores: dict[str, TaskScore] | None = None
 

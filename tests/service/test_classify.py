@@ -325,6 +325,25 @@ def test_labels_choose_who_may_answer(open_app: OpenApp, make: MakeBundle, image
         assert answer(labels=["dog", "cat"])["label_set"] == "request"
 
 
+def test_all_classes_of_a_task_and_no_others_name_that_task(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    never = -1e9  # DDAS refuses every image
+    with open_app() as http:
+        http.put("/v1/tasks/pets/versions/1", content=make(threshold=never)[1])
+
+        def who(*labels: str) -> tuple[str, str]:
+            (result,) = classify(http, image, labels=list(labels)).json()["results"]
+            return result["path"].get("task", "zero-shot"), result["routed_by"]
+
+        assert who("dog", "CAT", "hamster") == ("pets", "labels")
+        assert who("dog", "cat") == ("zero-shot", "auto")
+        assert who("dog", "cat", "hamster", "lorry") == ("zero-shot", "auto")
+        twin = make(task="animals", threshold=never)[1]
+        http.put("/v1/tasks/animals/versions/1", content=twin)
+        assert who("dog", "cat", "hamster") == ("zero-shot", "auto")  # which of the two?
+
+
 def test_labels_that_are_a_task_s_classes_get_the_task_s_own_probabilities(
     open_app: OpenApp, make: MakeBundle, image: bytes
 ) -> None:
