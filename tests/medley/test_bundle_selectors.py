@@ -21,6 +21,7 @@ from medley.admission import admit
 from medley.bundle import read_bundle, selector_tensors, write_bundle
 from medley.classifier import Classifier
 from medley.errors import BundleError
+from medley.levels import GaussianLevel
 from medley.manifest import FORMAT
 from medley.routed import RoutedModel
 from medley.selector import STRICTLY_LESS, TaskSelector
@@ -85,10 +86,8 @@ def test_the_scale_of_a_gaussian_and_several_levels_of_a_reference_come_back(
     tmp_path: Path,
 ) -> None:
     random = torch.Generator().manual_seed(3)
-    own, *others = (
-        replace(random_level("gaussian", f, WIDTHS[f], random=random), scale="linear")
-        for f in (FEATURES[0], *FEATURES)
-    )
+    levels = (random_level("gaussian", f, WIDTHS[f], random=random) for f in FEATURES * 2)
+    own, *others = (replace(x, scale="linear") for x in levels if isinstance(x, GaussianLevel))
     ours = TaskSelector((own,), math.inf, alpha=None, reference=tuple(others), margin=0.0)
     write_bundle(*tiny_bundle(selector=ours), tmp_path / "b.safetensors")
     theirs = read_bundle(tmp_path / "b.safetensors").selector()
