@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from medley.backbone import Backbone
 from medley.errors import DataError
@@ -124,7 +124,7 @@ class _Ledger:
         try:
             content = json.loads(self._path.read_bytes())
             cells = _CELLS.validate_python(content.pop("cells"))
-        except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self._path} is damaged; remove it to begin again") from error
         differing = [name for name, value in self._about.items() if content.get(name) != value]
         if differing:

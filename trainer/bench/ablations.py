@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from medley.backbone import Backbone
 from medley.errors import DataError
+from trainer.ddas import DEFAULT_CODE_SIZE, DEFAULT_FEATURES
 from trainer.settings import TrainSettings
 
 __all__ = ["ABLATIONS", "Ablation", "Arms", "ablation"]
@@ -65,13 +66,15 @@ def _first_expert_blocks(backbone: Backbone) -> Arms:
 
 
 def _ddas(backbone: Backbone) -> Arms:
-    """Every depth at the default code, and every code at the default depth."""
+    """Every depth at the default code, every code at the default depth, and two depths at once."""
     blocks = [f"block{n}:mean" for n in range(1, len(backbone.image.blocks) + 1)]
-    depths = [(feature, 32) for feature in ("stem:mean", *blocks, "embedding")]
-    codes = [("block1:mean", code) for code in (8, 16, 64, 128)]
+    depths = [(name,) for name in ("stem:mean", *blocks, "embedding")]
+    looks = [*depths, DEFAULT_FEATURES, ("block1:mean", "embedding")]
+    sizes = [(look, DEFAULT_CODE_SIZE) for look in looks]
+    sizes += [(DEFAULT_FEATURES, code) for code in (8, 16, 64, 128)]
     return {
-        f"{feature}, code {code}": {"features": [feature], "code_size": code}
-        for feature, code in (*depths, *codes)
+        f"{' and '.join(look)}, code {code}": {"features": [*look], "code_size": code}
+        for look, code in sizes
     }
 
 

@@ -24,7 +24,7 @@ from trainer.bench.results import routed_right
 from trainer.bench.routers import score_router
 from trainer.checkpoint import make_folder
 from trainer.datasets import ImageSet
-from trainer.ddas import fit_selector
+from trainer.ddas import DEFAULT_FEATURES, fit_selector
 from trainer.export import BUCKET, capacity_for, keep, measure_usage
 from trainer.frozen import frozen_buckets, frozen_taps
 from trainer.methods import FrozenExperts, MoeAdapter
@@ -84,7 +84,7 @@ def routing_trial(course: Course, arm: Mapping[str, Any]) -> Metrics:
     for task in course.order:
         part, held_out = course.parts(task)
         assert held_out is not None
-        names = arm.get("features", ("block1:mean",))
+        names = arm.get("features", DEFAULT_FEATURES)
         selectors[task] = fit_selector(
             frozen_taps(classifier, part, names),
             frozen_taps(classifier, held_out, names),
