@@ -61,7 +61,8 @@ class Source:
         autochooser: the authors' selector. Without it ours is fitted on the task's images, and
             without them the bundle accepts no image.
         threshold: of the authors' selector, on the plain error.
-        images: training images by task; a self-test without them runs on coloured clouds.
+        images: training images by task, which the authors' selector is measured on and ours fitted
+            on; a self-test without them runs on clouds of colour.
         version: of every bundle.
         licence: of the checkpoint.
 
@@ -163,7 +164,7 @@ def _write(
 
 def _selector(source: Source, model: RoutedModel, task: int, images: ImageSet | None) -> Chosen:
     if source.autochooser is not None:
-        return authors(source.autochooser, task, error=source.threshold)
+        return authors(model, source.autochooser, task, error=source.threshold, images=images)
     return accepting_nothing(model) if images is None else fitted(model, images)
 
 

@@ -17,6 +17,7 @@ from medley.pool import Capacity
 from medley.routed import ZERO_SHOT, RoutedModel
 from tests.golden_model import golden_backbone, golden_state_dict, load_golden
 from tests.trainer.imports import authors
+from tests.trainer.tiny import pictures
 from trainer.imports.autochooser import read_autochooser
 from trainer.imports.bundles import Source, write_bundles
 from trainer.imports.checkpoint import read_checkpoint
@@ -49,7 +50,12 @@ def clouds(count: int, *, seed: int) -> Tensor:
 
 
 def theirs(
-    images_BCHW: Tensor, alexnet: dict[str, Tensor], chooser: dict[str, Tensor], limit: float
+    images_BCHW: Tensor,
+    alexnet: dict[str, Tensor],
+    chooser: dict[str, Tensor],
+    limit: float,
+    *,
+    tasks: int = NUM_TASKS,
 ) -> tuple[list[int], list[Tensor]]:
     """The published rule in plain torch, one image at a time; answers tasks, -1 for none."""
 
@@ -76,7 +82,7 @@ def theirs(
     decisions, all_errors = [], []
     for image in images_BCHW:
         u = feature(image[None])
-        errors = torch.stack([error(u, number) for number in range(NUM_TASKS + 1)])
+        errors = torch.stack([error(u, number) for number in range(tasks + 1)])
         best = int(errors.argmin())
         decisions.append(-1 if errors[best] > limit else best - 1)
         all_errors.append(errors)
@@ -143,6 +149,34 @@ def test_a_bundle_says_which_rule_and_which_network_it_was_made_with(
     )
     with pytest.raises(BundleError, match="looks at alexnet:conv5, whose network is not loaded"):
         admit(bundle, Classifier(RoutedModel(backbone, capacity=ROOM)))
+
+
+def test_with_images_it_is_measured_how_many_the_authors_rule_refuses(
+    golden: dict[str, Tensor], backbone: Backbone, tmp_path: Path
+) -> None:
+    weights = authors.alexnet(tmp_path / "alexnet.pth", gain=3)
+    extractor = load_alexnet(tmp_path / "alexnet.pth")
+    images = pictures(["red", "blue"], 20)
+    pixels = torch.stack([backbone.pixels(images.image(i)) for i in range(40)])
+    normalised = backbone.normalise(pixels)
+    with torch.inference_mode():
+        biases = [extractor(normalised[i : i + 20]).mean(0).logit() for i in (20, 0)]
+    path = authors.autochooser(tmp_path / "chooser.pth", biases)
+    torch.save({"state_dict": golden_state_dict(golden)}, tmp_path / "SUN397.pth")
+    source = Source(
+        checkpoint=read_checkpoint(tmp_path / "SUN397.pth"),
+        tasks=TASKS[:1],
+        autochooser=read_autochooser(path, tasks=1, width=WIDTH),
+        threshold=1.0,
+        images={"task0": images},
+    )
+    (bundle,) = write_bundles(source, backbone, tmp_path, extractors=[extractor])
+    chooser = torch.load(path, weights_only=True)["state_dict"]
+    decisions, _ = theirs(normalised, weights, chooser, 1.0, tasks=1)
+    calibration = bundle.manifest.selector.calibration
+    assert calibration.images == 40
+    assert calibration.false_reject_rate == pytest.approx(decisions.count(-1) / 40)
+    assert 0.3 < calibration.false_reject_rate < 0.7
 
 
 def test_too_few_autoencoders_for_the_tasks_are_refused(tmp_path: Path) -> None:
