@@ -11,12 +11,12 @@ from tests.trainer.tiny import NoLargeFiles
 
 @pytest.fixture
 def no_large_files() -> NoLargeFiles:
-    """A context in which a file cannot grow beyond 64 KiB: writing fails in the middle."""
+    """A context in which a file cannot grow beyond so many bytes: writing fails in the middle."""
 
     @contextmanager
-    def limited() -> Iterator[None]:
+    def limited(most_bytes: int = 64 * 1024) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.datasets import ImageSet, PixelPicture
 
-NoLargeFiles = Callable[[], AbstractContextManager[None]]
+NoLargeFiles = Callable[..., AbstractContextManager[None]]
 
 COLOURS = {
     "red": (220, 40, 40),

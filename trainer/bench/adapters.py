@@ -29,6 +29,7 @@ from trainer.run import learn
 __all__ = ["Learnt", "accuracy", "learn_bundles", "measure"]
 
 METHOD = "moe_adapter"
+NEEDS_LABELS = ("told", "ddas+labels", "labels")  # no question without the data set's own classes
 MIXED_IMAGES = 1024  # sent once more in shuffled batches, to see that nothing changes
 
 
@@ -57,14 +58,14 @@ def learn_bundles(course: Course) -> Learnt:
 
 
 def measure(
-    course: Course, learnt: Learnt, selectors: Mapping[str, Mapping[str, TaskSelector]]
+    course: Course, learnt: Learnt, rivals: Mapping[str, ScoreRouter]
 ) -> tuple[list[Row], list[Routing], list[Scores], dict[str, int]]:
     """Rows, routings and scores of all routers, and how the mixed batches came out.
 
     Args:
         course: its test images.
         learnt: all tasks of the course.
-        selectors: of each router to compare with, by name, by task.
+        rivals: routers to compare with, by name.
     """
     order, tests = course.order, course.test
     classifier, paths = served(learnt.bundles, course.backbone, bucket=course.classifier().bucket)
@@ -72,12 +73,11 @@ def measure(
     counted = course.bars.counting("images along the paths they take", total)
     answers = Answers(classifier, paths, tests, on_images=counted)
     own = {b.manifest.task: b.selector() for b in learnt.bundles}
-    by_scores = {
-        name: score_router(fitted, classifier, tests)
-        for name, fitted in {"ddas": own, **selectors}.items()
-    }
+    by_scores = {"ddas": score_router(own, classifier, tests), **rivals}
     routers: dict[str, Router] = {"told": Told(order, tests), **by_scores}
-    routers["ddas+labels"] = LabelRouter(by_scores["ddas"], _class_names(course))
+    names = _class_names(course)
+    routers["ddas+labels"] = LabelRouter(by_scores["ddas"], names, naming=False)
+    routers["labels"] = LabelRouter(by_scores["ddas"], names, naming=True)
     rows = [
         Row(
             method=METHOD,
@@ -87,7 +87,7 @@ def measure(
         )
         for name, router in routers.items()
         for protocol in ("agnostic", "union")
-        if not (protocol == "union" and name in ("told", "ddas+labels"))
+        if not (protocol == "union" and name in NEEDS_LABELS)
     ]
     routings = [router.routing(name, course.settings.alpha) for name, router in by_scores.items()]
     sent, differ = answers.mixed_batches(MIXED_IMAGES, course.settings.seed)

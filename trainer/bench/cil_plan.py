@@ -24,9 +24,9 @@ __all__ = [
     "CilMethod",
     "CilPlan",
     "CilResult",
+    "cil_settings",
     "class_steps",
     "markdown",
-    "paper_settings",
 ]
 
 CilMethod = Literal["zero-shot", "linear-probe", "bundles"] | Method
@@ -92,30 +92,25 @@ class CilResult:
         return {**asdict(self), **asdict(self.metrics)}
 
 
-def paper_settings(method: CilMethod, settings: TrainSettings | None = None) -> TrainSettings:
-    """Settings of MoE-Adapters' CIL runs: two experts, both always chosen, no label smoothing.
+def cil_settings(method: CilMethod, settings: TrainSettings) -> TrainSettings:
+    """Turn settings of a task into those of MoE-Adapters' CIL runs.
 
-    With two experts of which two are chosen the router only weighs them. One router serves all
-    steps, nothing is frozen, and nothing chooses among steps. Other learners get the same budget at
-    the learning rate that suits them, bundles our own settings.
+    Two experts, both always chosen, so that the router only weighs them; no label smoothing. One
+    router serves all steps, nothing is frozen, and nothing chooses among steps. With the preset
+    "paper" the rest is the paper's too. Bundles keep their own settings: experts to choose from,
+    and images held out for DDAS.
 
     Args:
         method: of `CIL_METHODS`.
-        settings: what stays as it is: seed, depth, bottleneck, precision; None: the defaults.
+        settings: the learning rate is that of moe_adapter; other learners get the one that suits
+            them.
     """
-    given = settings or TrainSettings()
     if method == "bundles":
-        return given  # ours: experts to choose from, and images held out for DDAS
+        return settings
     if method in ("finetune", "lora"):
-        given = given.for_method(method)
+        settings = settings.for_method(method)
     return replace(
-        given,
-        num_experts=2,
-        top_k=2,
-        lr=given.lr if method in ("finetune", "lora") else 1e-3,
-        batch_size=128,
-        label_smoothing=0.0,
-        balance=0.0,
+        settings, num_experts=2, top_k=2, batch_size=128, label_smoothing=0.0, balance=0.0
     )
 
 

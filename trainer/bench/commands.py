@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from trainer.bench.ablation_command import ablation_command
+from trainer.bench.cil_command import cil_command
 from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure learning by the protocols of the field.")
+bench.command("ablation")(ablation_command)
+bench.command("cil")(cil_command)
 out, err = Console(), Console(stderr=True)
+DEFAULT_SEEDS = (0, 1, 2)
 
 
 class SuiteName(StrEnum):
@@ -73,7 +78,9 @@ def mtil(
     method: Annotated[
         list[MethodName] | None, typer.Option(help="Only this one; repeat for more.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 3,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
+    ] = None,
     shots: Annotated[
         int | None, typer.Option(min=1, help="Learn from so many images a class; 5 or 16.")
     ] = None,
@@ -85,6 +92,9 @@ def mtil(
     ] = False,
     preset: Annotated[PresetName, typer.Option(help="Settings of learning.")] = PresetName.SMALL,
     iterations: Annotated[int | None, typer.Option(help="Optimiser steps a task.")] = None,
+    baseline_iterations: Annotated[
+        int | None, typer.Option(min=1, help="The same for finetune and lora; default: as many.")
+    ] = None,
     first_expert_block: Annotated[
         int | None, typer.Option(help="First image block that is trained.")
     ] = None,
@@ -115,13 +125,14 @@ def mtil(
         settings=TrainSettings(**settings),
         limit=limit,
         share=share,
+        baseline_iterations=baseline_iterations,
     )
     with bars(err) as show:
         records = run(
             plan,
             load_backbone(backbone, weights=weights, device=device),
             folder,
-            seeds=range(seeds),
+            seeds=seed or DEFAULT_SEEDS,
             methods=[m.value for m in method] if method else METHODS,
             cache=cache,
             command=_command(),

@@ -20,7 +20,7 @@ from medley.errors import DataError
 from medley.routed import RoutedModel
 from trainer.bench.memory import peak_memory_bytes, reset_peak_memory
 from trainer.bench.record import Cost
-from trainer.datasets import ImageSet, few_shot
+from trainer.datasets import ImageSet, Split, few_shot
 from trainer.export import BUCKET
 from trainer.frozen import FrozenStore
 from trainer.methods.learner import ParameterCounts
@@ -29,7 +29,9 @@ from trainer.run import training_parts
 from trainer.settings import TrainSettings
 from trainer.suites import Suite
 
-__all__ = ["Course", "Meter", "Plan", "open_course", "tap_names"]
+__all__ = ["Course", "Meter", "Plan", "empty_classifier", "open_course", "tap_names"]
+
+PARTS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Plan:
         settings: of every task; `seed` is that of the run.
         limit: at most so many test images of each data set; None: all.
         share: whether later tasks may choose experts of earlier ones.
+        baseline_iterations: optimiser steps of the baselines, whose steps take longer than those of
+            experts; None: as many.
     """
 
     suite: Suite
@@ -49,6 +53,7 @@ class Plan:
     settings: TrainSettings
     limit: int | None = None
     share: bool = False
+    baseline_iterations: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +63,7 @@ class Course:
     plan: Plan
     backbone: Backbone
     folder: Path  # of this seed
+    cache: Path
     train: dict[str, ImageSet]
     test: dict[str, ImageSet]
     bars: Bars = field(repr=False)
@@ -74,7 +80,7 @@ class Course:
 
     def classifier(self) -> Classifier:
         """An empty classifier: what the frozen features were computed with."""
-        return _empty(self.backbone, self.settings)
+        return empty_classifier(self.backbone, self.settings)
 
     def parts(self, task: str) -> tuple[ImageSet, ImageSet | None]:
         """Images to learn from and images held out, as `medley train` takes them."""
@@ -103,19 +109,18 @@ def open_course(
         DataError: a data set is missing or damaged, or two have one name.
     """
     store = FrozenStore(
-        cache.expanduser() / "frozen", _empty(backbone, plan.settings), taps=[*taps]
+        cache.expanduser() / "frozen", empty_classifier(backbone, plan.settings), taps=[*taps]
     )
+    # All are read before any is learnt: what is missing ought to be told now, not in an hour.
+    read = {task: [plan.suite.load(task, part) for part in PARTS] for task in plan.order}
     train, test = {}, {}
-    for task in plan.order:
-        learnt, seen = plan.suite.load(task, "train"), plan.suite.load(task, "test")
+    for task, (learnt, seen) in read.items():
         if learnt.class_names != seen.class_names:
             raise DataError(f"{task}: training and test images have different classes")
-        seen = _limited(seen, plan.limit)
-        total = len(learnt) + len(seen)
-        count = bars.counting(f"frozen features of {task}", total)
+        count = bars.counting(f"frozen features of {task}", len(learnt) + len(seen))
         train[task] = store.keep(learnt, on_images=count)
-        test[task] = store.keep(seen, on_images=count)
-    return Course(plan, backbone, folder, train, test, bars)
+        test[task] = _limited(store.keep(seen, on_images=count), plan.limit)
+    return Course(plan, backbone, folder, cache, train, test, bars)
 
 
 class Meter:
@@ -157,7 +162,8 @@ def tap_names(backbone: Backbone) -> tuple[str, ...]:
     return ("stem:mean", *(f"block{n}:mean" for n in range(1, blocks + 1)), "embedding")
 
 
-def _empty(backbone: Backbone, settings: TrainSettings) -> Classifier:
+def empty_classifier(backbone: Backbone, settings: TrainSettings) -> Classifier:
+    """A classifier without tasks, whose experts would begin where these settings say."""
     first = settings.first_image_block(backbone)
     return Classifier(RoutedModel(backbone, first_expert_block=first), bucket=BUCKET)
 

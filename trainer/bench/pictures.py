@@ -23,7 +23,7 @@ from PIL import Image
 from trainer.bench.metrics import OverSeeds
 from trainer.bench.record import Scores
 
-__all__ = ["bars_png", "errors_png", "matrix_png", "sequence_png"]
+__all__ = ["bars_png", "errors_png", "matrix_png", "sequence_png", "steps_png"]
 
 DPI, COLOURS = 110, 256
 GREY = "0.45"
@@ -86,6 +86,18 @@ def sequence_png(matrices: Mapping[str, ArrayLike], tasks: Sequence[str], *, tit
         axes.axvspan(0.6, learnt - 0.5, color="0.5", alpha=0.15, lw=0)
     figure.supylabel("accuracy, %", fontsize=9)
     _legend(figure, grid[0], f"{title}\nagainst tasks learnt; grey: before this one")
+    return _png(figure)
+
+
+def steps_png(curves: Mapping[str, ArrayLike], classes: Sequence[int]) -> bytes:
+    """Accuracy over all classes seen, against how many they are; a curve a method."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, accuracy_S in curves.items():
+        axes.plot(classes, 100 * np.asarray(accuracy_S), marker="o", label=name)
+    axes.set(xlabel="classes seen", ylabel="accuracy over all of them, %", ylim=(0, 102))
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(frameon=False)
     return _png(figure)
 
 

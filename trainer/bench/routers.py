@@ -92,14 +92,22 @@ class ScoreRouter:
 
 @dataclass(frozen=True, eq=False)
 class LabelRouter:
-    """The request brings its data set's class names: only a task that has them all may answer."""
+    """The request brings its data set's class names: only a task that has them all may answer.
+
+    With `naming`, as in the service, a list that is exactly one task's names that task.
+    """
 
     router: ScoreRouter
     class_names: Mapping[str, frozenset[str]]
+    naming: bool
 
     def route(self, task: str, loaded: Sequence[str]) -> Places:
         """Decide among the tasks whose classes contain those of the data set."""
         asked = self.class_names[task]
+        alike = [name for name in loaded if asked == self.class_names[name]]
+        if self.naming and len(alike) == 1:
+            images = len(self.router.scores[task])
+            return np.full(images, self.router.order.index(alike[0]))
         return self.router.route(task, [name for name in loaded if asked <= self.class_names[name]])
 
 

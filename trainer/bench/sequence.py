@@ -111,7 +111,12 @@ def _measured(course: Course, methods: Sequence[str], command: str) -> Record:
 def _about(plan: Plan) -> dict[str, JsonValue]:
     settings: dict[str, JsonValue] = {**plan.settings.as_dict()}
     del settings["seed"]
-    return {**settings, "limit": plan.limit, "share": plan.share}
+    return {
+        **settings,
+        "limit": plan.limit,
+        "share": plan.share,
+        "baseline_iterations": plan.baseline_iterations,
+    }
 
 
 def _claim(folder: Path, plan: Plan, backbone: Backbone, methods: Sequence[str]) -> None:

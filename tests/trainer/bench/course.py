@@ -29,7 +29,7 @@ SUITE = Suite(name="tiny", tasks=tuple(COLOURS), orders={"I": tuple(COLOURS)}, l
 PLAN = Plan(
     suite=SUITE,
     order=SUITE.tasks,
-    settings=replace(SETTINGS, iterations=30, ddas_iterations=200, hold_out=0.4),
+    settings=replace(SETTINGS, iterations=12, ddas_iterations=60, hold_out=0.4),
 )
 
 
