@@ -19,11 +19,11 @@ from trainer.bench.cil_plan import (
     CilMethod,
     CilPlan,
     CilResult,
+    cil_settings,
     class_steps,
     markdown,
-    paper_settings,
 )
-from trainer.settings import TrainSettings
+from trainer.settings import PRESETS, TrainSettings
 
 NAMES = tuple(COLOURS)
 STEPS = (("blue", "white"), ("red", "black"), ("yellow", "green"))
@@ -53,7 +53,7 @@ def backbone() -> Backbone:
 
 
 def plan(method: CilMethod, **changed: Any) -> CilPlan:
-    settings = replace(paper_settings(method, BASE), batch_size=8, lr=RATES.get(method, 1e-2))
+    settings = replace(cil_settings(method, BASE), batch_size=8, lr=RATES.get(method, 1e-2))
     return replace(CilPlan(steps=STEPS, settings=settings, epochs=6, template="a {}"), **changed)
 
 
@@ -62,6 +62,17 @@ def result(
 ) -> CilResult:
     options: dict[str, Any] = {"watch": Watches(), "plan": plan(method), **more}
     return run_cil(backbone, TRAIN, TEST, method=method, folder=folder, **options)
+
+
+def test_the_paper_preset_gives_the_papers_parameters() -> None:
+    """4,027,392 of two experts and one router in all blocks of ViT-B/16 (MoE-Adapters)."""
+    settings = cil_settings("moe_adapter", TrainSettings(**PRESETS["paper"]))
+    widths = (768, 512)
+    expert = sum(2 * settings.bottleneck * width + settings.bottleneck + width for width in widths)
+    router = sum(2 * width * settings.num_experts for width in widths)
+    assert 12 * (settings.num_experts * expert + router) == 4_027_392
+    assert (settings.lr, settings.batch_size, settings.label_smoothing) == (1e-3, 128, 0)
+    assert (settings.top_k, settings.first_expert_block, settings.first_text_block) == (2, 0, 0)
 
 
 def test_steps_keep_the_order_that_is_given_and_seeds_shuffle_it() -> None:
