@@ -118,9 +118,11 @@ class Checkpoint:
     def _tower(
         self, tower: Tower, blocks: int, width: int, tasks: range, problems: list[str]
     ) -> list[dict[int, BlockExperts]]:
-        """One tower's blocks for each task; none if the tower was trained without experts."""
+        """One tower's blocks for each task; the text tower may have been trained without any."""
         prefix = _RESBLOCKS[tower]
-        if not any(name.startswith(f"{prefix}.0.adaptmlp_list.") for name in self.tensors):
+        if tower == "text" and not any(
+            name.startswith(f"{prefix}.0.adaptmlp_list.") for name in self.tensors
+        ):
             return [{} for _ in tasks]
         by_block = {
             block: self._block(f"{prefix}.{block}", width, tasks, problems)

@@ -19,7 +19,7 @@ from medley.extractor import load_alexnet
 from medley.pool import Capacity
 from medley.routed import ZERO_SHOT, RoutedModel
 from tests.trainer.imports import authors
-from tests.trainer.tiny import folder_of, pictures
+from tests.trainer.tiny import NoLargeFiles, folder_of, pictures
 
 SMALL_CLIP = {
     "embed_dim": 16,
@@ -200,6 +200,7 @@ def test_our_selector_is_fitted_on_images_that_are_given(
         (["--checkpoint", "{home}/tasks.json"], "tasks.json holds something else than tensors, or"),
         (["--checkpoint", "{home}/clip.pt"], "clip.pt: it has no router_list, so it is not of MoE"),
         (["--data", "zoo={home}"], "--data zoo="),
+        (["--root", "{home}/none"], "none/"),
         (["--version", "one two"], "version 'one two': String should match pattern"),
         (["--threshold", "0"], "threshold 0.0 is not a positive number"),
         (["--backbone", "medley-mini", "--weights", "{home}/none"], "none"),
@@ -223,6 +224,33 @@ def test_a_mistake_is_one_line_and_status_2(
     assert said.startswith("medley: ")
     assert said.count("\n") == 1
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_tasks_without_a_name_are_left_out(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps(TASKS[:1]))
+    assert medley(monkeypatch, home, tmp_path, *own(home), "--tasks", tmp_path / "tasks.json") == 0
+    assert "the checkpoint has learnt 1 tasks more: left out" in shown(capsys)
+    assert [path.name for path in tmp_path.glob("*-1.safetensors")] == ["pets-1.safetensors"]
+
+
+def test_a_disk_that_is_full_leaves_no_half_file(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_large_files: NoLargeFiles,
+) -> None:
+    inside = ("--backbone-from-checkpoint", "--backbone", "small-clip")
+    for words, line in ((inside, "backbone.safetensors: File"), (own(home), "cannot write pets-1")):
+        with no_large_files():
+            assert medley(monkeypatch, home, tmp_path / "out", *words) == 2
+        assert line in capsys.readouterr().err
+        assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,11 @@ def numbered_wildly(state: State) -> None:
         state[name.replace("list.4.", "list.999999999999.")] = state.pop(name)
 
 
+def without_image_experts(state: State) -> None:
+    for name in [name for name in state if name.startswith("visual.") and "adaptmlp" in name]:
+        del state[name]
+
+
 def class_incremental(state: State) -> None:
     for name in [name for name in state if "router_list" in name]:
         router = state.pop(name)
@@ -297,6 +302,7 @@ def class_incremental(state: State) -> None:
             r"adaptmlp_list.2.down_proj.bias is missing, and 1 more problem",
         ),
         (numbered_wildly, r"resblocks.1.adaptmlp_list.4.down_proj.weight is missing, and"),
+        (without_image_experts, r"resblocks.0.adaptmlp_list.0.down_proj.weight is missing, and 44"),
         (not_finite, r"adaptmlp_list.2.down_proj.bias has values that are not finite"),
         (untrained_in_between, r"the routers of tasks \[0, 1, 2, 4, .*, 10\] are trained"),
         (class_incremental, r"it is of class-incremental learning"),
