@@ -27,7 +27,7 @@ from medley.backbone import MINI, Backbone, load_backbone
 from medley.levels import AutoencoderLevel
 from medley.mini import ASSETS
 from medley.routed import RoutedModel
-from trainer.checkpoint import write_whole
+from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, PixelPicture, open_dataset
 from trainer.ddas import DEFAULT_CODE_SIZE, DEFAULT_FEATURES, Taps, fit_level, fit_plain_level
 from trainer.gaussians import Gaussian
@@ -37,7 +37,7 @@ from trainer.pretrain.config import PretrainConfig
 from trainer.pretrain.workplace import Workplace
 from trainer.sources import DEFAULT_CACHE
 
-__all__ = ["FEATURES", "PAPER", "Reference", "load_reference", "make_reference"]
+__all__ = ["FEATURES", "PAPER", "Reference", "load_reference", "make_reference", "save_reference"]
 
 FEATURES = ("stem:mean", "block1:mean")
 SHIPPED = ASSETS / "medley-mini-reference.safetensors"
@@ -136,6 +136,7 @@ def save_reference(reference: Reference, path: Path) -> None:
         tensors |= {f"{name}.{field}": getattr(level, field) for field in level.TENSORS}
         about |= {f"{name}.feature": level.feature, f"{name}.center": repr(level.center)}
     about["images"] = str(next(iter(reference.gaussians.values())).images)
+    make_folder(path.parent)
     write_whole(path, save(tensors, metadata=about))
 
 
@@ -143,7 +144,6 @@ def _read(path: Path) -> Reference:
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    names = [name.split(".")[1] for name in tensors if name.endswith(".covariance")]
     return Reference(
         about["fingerprint"],
         {
@@ -152,7 +152,7 @@ def _read(path: Path) -> Reference:
                 tensors[f"gaussian.{name}.covariance"].double(),
                 int(about["images"]),
             )
-            for name in names
+            for name in FEATURES
         },
         *(_read_level(name, about, tensors) for name in ("ddas", "paper")),
     )

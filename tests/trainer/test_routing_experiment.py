@@ -14,7 +14,17 @@ from trainer.experiments.routing.bench import Bench
 from trainer.experiments.routing.features import TaskTaps, feature_sets
 from trainer.experiments.routing.report import write_report
 from trainer.experiments.routing.rules import RULES, LevelErrors, Scored, measure
+from trainer.experiments.routing.selectors import (
+    DEFAULT,
+    POLICIES,
+    Choice,
+    Comparison,
+    compare,
+)
+from trainer.experiments.routing.selectors_report import write_selectors_report
 from trainer.experiments.routing.tables import About, tabulate
+from trainer.reference import make_reference
+from trainer.selectors import FITS
 from trainer.suite import TASKS
 
 BLOCKS = 2
@@ -31,7 +41,7 @@ def _taps(task: int, count: int, *, seed: int) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     taps = {
-        name: TaskTaps(_taps(task, 180, seed=0), _taps(task, 20, seed=1))
+        name: TaskTaps(_taps(task, 180, seed=0), _taps(task, 20, seed=1), torch.arange(180) % 3)
         for task, name in enumerate(TASKS)
     }
     return Bench(taps, _taps(2, 20, seed=2), seeds=(0, 1), iterations=5)
@@ -87,6 +97,51 @@ def test_levels_are_combined_as_the_rules_say() -> None:
     for rule, score in expected.items():
         assert float(RULES[rule](levels).test_SBT[0][0, 0]) == pytest.approx(score)
     assert len(RULES["shared threshold"](levels).calibration_TN[0]) == 30 * len(TASKS)
+
+
+@pytest.fixture(scope="module")
+def comparison(bench: Bench) -> Comparison:
+    reference = make_reference("sha256:abc", _taps(4, 200, seed=3))
+    names = {task: frozenset({f"a {task}", "thing"}) for task in TASKS}
+    canary = _taps(2, 20, seed=2)
+    return compare(bench.taps, canary, reference, names, seeds=(0, 1), iterations=5)
+
+
+def test_selectors_are_compared_through_the_shipped_code(
+    bench: Bench, comparison: Comparison
+) -> None:
+    rows = {row.name: row for row in comparison.selectors}
+    assert rows["ddas"].outcomes == bench.shipped().outcomes
+    assert set(rows) == {*FITS, "paper-1", "paper-1, reference"}
+
+
+def test_a_label_list_leaves_only_tasks_that_have_it(comparison: Comparison) -> None:
+    rows = {row.name: row for row in comparison.labels}
+    none, all_labels, same = (rows[f"ddas: {policy}"] for policy in POLICIES)
+    assert none.absent > 0
+    assert all_labels.absent == same.absent == same.wrong == 0
+    assert 0 < all_labels.wrong <= none.wrong
+    assert same.strange == 1
+    assert all_labels.strange < none.strange
+
+
+def test_choices_are_made_on_images_that_are_not_tested(comparison: Comparison) -> None:
+    chosen = comparison.choices[2]
+    (tested,) = (row for row in comparison.selectors if row.name == DEFAULT)
+    assert chosen.name == Choice().name
+    assert chosen.outcomes != tested.outcomes
+
+
+def test_the_page_of_selectors_says_what_was_measured(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    page, numbers, picture = write_selectors_report(comparison, "sha256:abc", tmp_path)
+    text = page.read_text()
+    for row in (*comparison.selectors, *comparison.choices, *comparison.few):
+        assert f"| {row.name} | {100 * row.mean('accuracy'):.1f} (" in text
+    assert f"({picture.name})" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(numbers.read_text())["selectors"]) == len(comparison.selectors)
 
 
 def test_the_page_says_what_was_measured(bench: Bench, tmp_path: Path) -> None:

@@ -32,19 +32,15 @@ from trainer.experiments.routing.rules import (
 )
 from trainer.suite import TASKS
 
-__all__ = ["Bench", "Histogram", "Row"]
+__all__ = ["SEEDS", "Bench", "Histogram", "Measured", "Row"]
 
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting, with an outcome for each seed."""
+class Measured:
+    """What came of something, with an outcome for each seed."""
 
-    features: tuple[str, ...]
-    code_size: int
-    rule: str
-    alpha: float
     outcomes: tuple[Outcome, ...]
 
     def mean(self, name: str) -> float:
@@ -59,6 +55,16 @@ class Row:
     def range(self, name: str) -> float:
         """How far the means over tasks of the seeds lie apart."""
         return float(np.ptp([np.mean(getattr(outcome, name)) for outcome in self.outcomes]))
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """One setting of autoencoders."""
+
+    features: tuple[str, ...]
+    code_size: int
+    rule: str
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,12 @@ class Bench:
             measure(RULES[rule]([self._errors(f, code_size, seed) for f in features]), alpha)
             for seed in self._seeds
         )
-        return Row(features, code_size, rule, alpha, outcomes)
+        return Row(outcomes, features, code_size, rule, alpha)
 
     def shipped(self) -> Row:
         """The defaults, fitted, stacked and decided by the code that is shipped."""
         outcomes = tuple(self._shipped(seed) for seed in self._seeds)
-        return Row(DEFAULT_FEATURES, DEFAULT_CODE_SIZE, "shipped", DEFAULT_ALPHA, outcomes)
+        return Row(outcomes, DEFAULT_FEATURES, DEFAULT_CODE_SIZE, "shipped", DEFAULT_ALPHA)
 
     def histogram(self, task: str) -> Histogram:
         """Scores of test images under a task, for the first seed."""

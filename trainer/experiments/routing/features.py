@@ -24,7 +24,15 @@ from trainer.pretrain.render import load_set, render_set
 from trainer.sources import fetch, source
 from trainer.suite import TASKS, load_task
 
-__all__ = ["Taps", "TaskTaps", "all_taps", "feature_sets", "shared_class_names"]
+__all__ = [
+    "Taps",
+    "TaskTaps",
+    "all_taps",
+    "class_names",
+    "feature_sets",
+    "rows",
+    "shared_class_names",
+]
 
 FIT, CALIBRATION, TEST = 800, 400, 500  # images of a task; clipart has fewer: two thirds, one third
 BATCH = 32
@@ -39,17 +47,21 @@ class TaskTaps:
 
     train: Taps
     test: Taps
+    labels_N: Tensor  # of the training images
 
     def split(self, seed: int) -> tuple[Taps, Taps]:
         """Training images to fit on, and others to calibrate on."""
-        count = len(next(iter(self.train.values())))
-        order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        fitted = round(count * FIT / (FIT + CALIBRATION))
-        fit, calibration = order_N[:fitted], order_N[fitted:]
-        return (
-            {name: x[fit] for name, x in self.train.items()},
-            {name: x[calibration] for name, x in self.train.items()},
-        )
+        fit, calibration = self._places(seed)
+        return rows(self.train, fit), rows(self.train, calibration)
+
+    def labels(self, seed: int) -> Tensor:
+        """Classes of the images to fit on."""
+        return self.labels_N[self._places(seed)[0]]
+
+    def _places(self, seed: int) -> tuple[Tensor, Tensor]:
+        order_N = torch.randperm(len(self.labels_N), generator=torch.Generator().manual_seed(seed))
+        fitted = round(len(order_N) * FIT / (FIT + CALIBRATION))
+        return order_N[:fitted], order_N[fitted:]
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -59,13 +71,22 @@ class TaskTaps:
         return fit, calibration, test
 
 
+def rows(taps: Taps, index: Tensor | slice) -> Taps:
+    """The features of some of the images."""
+    return {name: x_NF[index] for name, x_NF in taps.items()}
+
+
 def all_taps(model: RoutedModel, folder: Path) -> tuple[dict[str, TaskTaps], Taps]:
     """Features of all tasks, and of the canary."""
     taps = {}
     for task in track(TASKS, "frozen features"):
         train = _sample(load_task(task, "train", cache=folder), FIT + CALIBRATION)
         test = _sample(load_task(task, "test", cache=folder), TEST)
-        taps[task] = TaskTaps(_extracted(model, train, folder), _extracted(model, test, folder))
+        taps[task] = TaskTaps(
+            _extracted(model, train, folder),
+            _extracted(model, test, folder),
+            torch.tensor([label for _, label in train.items]),
+        )
     return taps, _extracted(model, _sample(_canary(folder), TEST), folder)
 
 
@@ -110,12 +131,19 @@ def _batches(backbone: Backbone, images: ImageSet) -> Iterator[Tensor]:
         yield backbone.normalise(torch.stack([backbone.pixels(images.image(row)) for row in rows]))
 
 
-def shared_class_names(folder: Path) -> list[tuple[str, str]]:
-    """Pairs of tasks that have a class name in common."""
-    names = {
-        task: {name.casefold() for name in load_task(task, "test", cache=folder).class_names}
+def class_names(folder: Path) -> dict[str, frozenset[str]]:
+    """Of every task, without regard to case."""
+    return {
+        task: frozenset(
+            name.casefold() for name in load_task(task, "test", cache=folder).class_names
+        )
         for task in TASKS
     }
+
+
+def shared_class_names(folder: Path) -> list[tuple[str, str]]:
+    """Pairs of tasks that have a class name in common."""
+    names = class_names(folder)
     return [(a, b) for a, b in combinations(TASKS, 2) if names[a] & names[b]]
 
 

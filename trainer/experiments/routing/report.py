@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,20 +18,21 @@ from matplotlib.figure import Figure
 from trainer.ddas import DEFAULT_ALPHA, DEFAULT_CODE_SIZE, DEFAULT_FEATURES
 from trainer.experiments.routing.bench import Row
 from trainer.experiments.routing.features import CANARY
+from trainer.experiments.routing.markdown import (
+    HEADINGS,
+    accepted,
+    by_task,
+    cells,
+    percent,
+    rounded,
+    table,
+)
 from trainer.experiments.routing.tables import Experiment
 from trainer.suite import TASKS
 
 __all__ = ["write_report"]
 
 NAME = "2026-11_routing-features"
-_HEADINGS = {
-    "accuracy": "accuracy",
-    "false_reject": "false reject",
-    "false_accept": "false accept",
-    "narrow_false_accept": "without clipart",
-    "canary": f"{CANARY} accepted",
-    "auroc": "AUROC",
-}
 
 
 def write_report(experiment: Experiment, folder: Path) -> list[Path]:
@@ -40,7 +40,7 @@ def write_report(experiment: Experiment, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers, picture = (folder / f"{NAME}.{end}" for end in ("md", "json", "png"))
     page.write_text(_page(experiment), encoding="utf-8")
-    numbers.write_text(json.dumps(_rounded(asdict(experiment))) + "\n", encoding="utf-8")
+    numbers.write_text(json.dumps(rounded(asdict(experiment))) + "\n", encoding="utf-8")
     _picture(experiment).savefig(picture)
     return [page, numbers, picture]
 
@@ -71,12 +71,12 @@ def _page(experiment: Experiment) -> str:
         "not exchangeable with the test images, and the conformal promise does not apply.",
         f"![bars and histograms]({NAME}.png)",
         f"## Features (code {DEFAULT_CODE_SIZE}, alpha {DEFAULT_ALPHA})",
-        _table(experiment.features, "features", lambda row: _features(row.features)),
+        table(experiment.features, "features", lambda row: _features(row.features)),
         f"Cost: {ms} an image in a batch of 32. Features up to `first_expert_block` are free; "
         "deeper ones need the rest of the tower without experts, after which an image that a task "
         "claims goes through that rest again.",
         "## Code size",
-        _table(
+        table(
             experiment.code_sizes,
             "features, code size",
             lambda row: f"{_features(row.features)}, {row.code_size}",
@@ -88,62 +88,36 @@ def _page(experiment: Experiment) -> str:
         "images. *worst level*: the largest of the standardised. *p-value*: the rank among the "
         "calibration images. *shared threshold*: plain errors, one threshold on all tasks' "
         "calibration images pooled (the paper's rule without its hand-set number).",
-        _table(
+        table(
             experiment.rules, "features, rule", lambda row: f"{_features(row.features)}, {row.rule}"
         ),
         f"## Alpha ({_features(DEFAULT_FEATURES)})",
-        _table(experiment.alphas, "alpha", lambda row: str(row.alpha)),
+        table(experiment.alphas, "alpha", lambda row: str(row.alpha)),
         "False rejects by task:",
         _alphas(experiment.alphas),
         f"## The default by task ({default}; through the shipped code)",
-        _by_task(experiment.shipped),
-        f"Mean: {_cells(experiment.shipped)} ({', '.join(_HEADINGS.values())}).",
+        by_task(experiment.shipped),
+        f"Mean: {cells(experiment.shipped)} ({', '.join(HEADINGS.values())}).",
         "Accepted by (columns) of the images of (rows):",
-        _accepted(experiment.shipped),
+        accepted(experiment.shipped),
         "## With the request's label list",
         _label_list(experiment),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[Row], first: str, name: Callable[[Row], str]) -> str:
-    lines = [f"| {first} | {' | '.join(_HEADINGS.values())} |", "|---" * (len(_HEADINGS) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {name(row)} | {_cells(row)} |" for row in rows)])
-
-
-def _cells(row: Row) -> str:
-    return " | ".join(f"{_percent(row.mean(c))} ({_percent(row.range(c))})" for c in _HEADINGS)
-
-
 def _alphas(rows: Sequence[Row]) -> str:
     lines = [f"| alpha | mean | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 2) + "|"]
     for row in rows:
         rates = [row.mean("false_reject"), *row.by_task("false_reject")]
-        lines.append(f"| {row.alpha} | {' | '.join(map(_percent, rates))} |")
-    return "\n".join(lines)
-
-
-def _by_task(row: Row) -> str:
-    columns = [c for c in _HEADINGS if c != "canary"]
-    headings = " | ".join(_HEADINGS[column] for column in columns)
-    lines = [f"| task | {headings} |", "|---" * (len(columns) + 1) + "|"]
-    for index, task in enumerate(TASKS):
-        lines.append(f"| {task} | {' | '.join(_percent(row.by_task(c)[index]) for c in columns)} |")
-    return "\n".join(lines)
-
-
-def _accepted(row: Row) -> str:
-    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    means: list[list[float]] = np.mean([o.accepted_ST for o in row.outcomes], axis=0).tolist()
-    for name, shares in zip((*TASKS, CANARY), means, strict=True):
-        lines.append(f"| {name} | {' | '.join(map(_percent, shares))} |")
+        lines.append(f"| {row.alpha} | {' | '.join(map(percent, rates))} |")
     return "\n".join(lines)
 
 
 def _label_list(experiment: Experiment) -> str:
     pairs = experiment.about.shared_class_names
     shared = "; ".join(f"{a} and {b}" for a, b in pairs) if pairs else "no two of the nine tasks"
-    kept = _percent(1 - experiment.shipped.mean("false_reject"))
+    kept = percent(1 - experiment.shipped.mean("false_reject"))
     return (
         "A request that brings its labels may only go to a task whose classes contain them all. "
         f"Class names in common: {shared}. Where a task has none of another's labels it is not "
@@ -166,7 +140,7 @@ def _picture(experiment: Experiment) -> Figure:
         (0.3, "canary", "tab:orange"),
     ):
         values = [100 * row.mean(column) for row in rows]
-        bars.bar([x + shift for x in places], values, 0.19, color=colour, label=_HEADINGS[column])
+        bars.bar([x + shift for x in places], values, 0.19, color=colour, label=HEADINGS[column])
     bars.set_xticks(places, [" +\n".join(row.features) for row in rows])
     bars.tick_params("x", rotation=55, labelsize=8)
     for tick in bars.get_xticklabels():
@@ -192,18 +166,3 @@ def _density(axes: Axes, values: Sequence[float], label: str, colour: str) -> No
 
 def _features(features: Sequence[str]) -> str:
     return " + ".join(features)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _rounded(value: object) -> object:
-    """Four digits are enough for shares of 500 images."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return value
