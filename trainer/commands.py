@@ -62,6 +62,17 @@ class Freeze(StrEnum):
     COUNT = "count"
 
 
+class SelectorName(StrEnum):
+    """Kinds of selectors."""
+
+    DDAS = "ddas"
+    DDAS_AND_REFERENCE = "ddas+reference"
+    GAUSSIAN = "gaussian"
+    GAUSSIAN_AND_REFERENCE = "gaussian+reference"
+    CLASS_GAUSSIANS = "class-gaussians"
+    PROTOTYPE = "prototype"
+
+
 BackboneName = Annotated[
     str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
 ]
@@ -117,6 +128,10 @@ def train(
     alpha: Annotated[
         float | None, typer.Option(help="Share of its own images the task may refuse.")
     ] = None,
+    selector: Annotated[
+        SelectorName | None,
+        typer.Option(help="Who decides whether the task knows an image (docs/training.md)."),
+    ] = None,
     ddas_iterations: Annotated[
         int | None, typer.Option(help="Optimiser steps of each autoencoder.")
     ] = None,
@@ -151,6 +166,7 @@ def train(
         freeze_mass=freeze_mass,
         hold_out=hold_out,
         alpha=alpha,
+        selector=selector,
         ddas_iterations=ddas_iterations,
         seed=seed,
         precision=precision,

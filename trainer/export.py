@@ -37,11 +37,13 @@ from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
 from medley.selector import TaskSelector, conformal_threshold
 from trainer.datasets import ImageSet
-from trainer.ddas import DEFAULT_FEATURES, false_reject_rate, fit_selector
+from trainer.ddas import false_reject_rate
 from trainer.experts import BlockMixture, TowerMixture
 from trainer.frozen import frozen_buckets, frozen_taps
 from trainer.methods import FrozenExperts, MoeAdapter
 from trainer.pixels import pixels_of
+from trainer.reference import load_reference
+from trainer.selectors import FITS
 from trainer.settings import TrainSettings
 from trainer.trunk import CHUNK, ImageTrunk
 
@@ -76,11 +78,12 @@ class Label:
     licence: str
 
 
-def require_exportable(settings: TrainSettings) -> None:
+def require_exportable(backbone: Backbone, settings: TrainSettings) -> None:
     """Refuse what no bundle can hold; better before training than after.
 
     Raises:
-        DataError: the method has no bundle format, or the experts are linear.
+        DataError: the method has no bundle format, the experts are linear, or the selector needs a
+        reference that the backbone does not have.
     """
     if settings.method != "moe_adapter":
         raise DataError(
@@ -90,6 +93,12 @@ def require_exportable(settings: TrainSettings) -> None:
     if not settings.relu:
         raise DataError(
             "experts without ReLU are for ablations; a bundle's experts have one", code="settings"
+        )
+    if FITS[settings.selector].needs_reference and load_reference(backbone) is None:
+        raise DataError(
+            f"selector {settings.selector} needs a reference, and {backbone.name} has none; "
+            "python -m trainer.reference makes one",
+            code="settings",
         )
 
 
@@ -195,7 +204,7 @@ def export(
         BundleError: it cannot be written.
         DataError: no bundle can hold what these settings train.
     """
-    require_exportable(settings)
+    require_exportable(backbone, settings)
     classifier = Classifier(_routed(backbone, experts, settings), bucket=BUCKET)
     model = classifier.model
     route = model.load(experts)
@@ -341,38 +350,30 @@ def _kept(mixture: BlockMixture, old: BlockExperts | None, chosen: list[int]) ->
 def _calibrated(
     classifier: Classifier, train: ImageSet, held_out: ImageSet | None, settings: TrainSettings
 ) -> tuple[TaskSelector, Calibration]:
-    features = _features(classifier.model.backbone)
-    fit = frozen_taps(classifier, train, features)
-    calibration = None if held_out is None else frozen_taps(classifier, held_out, features)
+    run = FITS[settings.selector]
+    fit, labels_N = frozen_taps(classifier, train, run.taps), train.labels
+    calibration = None if held_out is None else frozen_taps(classifier, held_out, run.taps)
     enough = held_out is not None and _can_promise(settings.alpha, len(held_out))
-    if calibration is not None and not enough:  # too few to promise alpha: every image counts
-        fit = {name: torch.cat([fit[name], calibration[name]]) for name in features}
-    selector = fit_selector(
+    if held_out is not None and calibration is not None and not enough:
+        # Too few to promise alpha: every image counts.
+        fit = {name: torch.cat([fit[name], calibration[name]]) for name in run.taps}
+        labels_N = np.concatenate([labels_N, held_out.labels])
+    selector = run(
         fit,
+        torch.from_numpy(labels_N.copy()),
         calibration if enough else None,
-        features=features,
         alpha=settings.alpha,
         seed=settings.seed,
         iterations=settings.ddas_iterations,
+        reference=load_reference(classifier.model.backbone),
     )
     measured = calibration if calibration is not None and enough else fit
+    promise = "split conformal" if enough else "cross-fitted conformal"
     return selector, Calibration(
-        method="split conformal" if enough else "cross-fitted conformal",
+        method="against a reference, nothing promised" if selector.alpha is None else promise,
         images=len(next(iter(measured.values()))),
         false_reject_rate=false_reject_rate(selector, measured),
     )
-
-
-def _features(backbone: Backbone) -> tuple[str, ...]:
-    """DDAS's features; a tower that is not deep enough for one of them offers its last block's."""
-    depth = len(backbone.image.blocks)
-
-    def within(feature: str) -> str:
-        place, colon, pool = feature.partition(":")
-        deep = place.startswith("block") and int(place.removeprefix("block")) > depth
-        return f"block{depth}{colon}{pool}" if deep else feature
-
-    return tuple(within(feature) for feature in DEFAULT_FEATURES)
 
 
 def _can_promise(alpha: float, held_out: int) -> bool:

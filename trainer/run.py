@@ -69,7 +69,7 @@ def learn(
         cannot be written.
     """
     started_s = time.monotonic()
-    require_exportable(settings)
+    require_exportable(backbone, settings)
     _check_names(label, images)
     name = f"{label.task}-{label.version}"
     details = folder / name

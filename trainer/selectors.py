@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from medley.errors import DataError
-from medley.levels import AutoencoderLevel, Level, PrototypeLevel
+from medley.levels import AutoencoderLevel, GaussianLevel, Level, PrototypeLevel
 from medley.routed import ZERO_SHOT
 from medley.selector import STRICTLY_LESS, TaskSelector, conformal_threshold
 from trainer.ddas import (
@@ -245,16 +245,24 @@ def _gaussian_and_reference(given: _Given) -> TaskSelector:
     if (count := len(next(iter(taps.values())))) < LEAST_IMAGES:
         raise DataError(f"{count} images are too few for a selector; it needs {LEAST_IMAGES}")
     strength = strength_of_prior(list(taps.values()), [priors[name] for name in taps])
+    own = {
+        name: Gaussian.of(x_NF).with_prior(priors[name], strength) for name, x_NF in taps.items()
+    }
     return TaskSelector(
-        tuple(
-            Gaussian.of(x_NF).with_prior(priors[name], strength).level(name)
-            for name, x_NF in taps.items()
-        ),
+        tuple(_halved(gaussian.level(name)) for name, gaussian in own.items()),
         threshold=math.inf,
         alpha=None,
-        reference=tuple(priors[name].level(name) for name in taps),
+        reference=tuple(_halved(priors[name].level(name)) for name in taps),
         margin=0.0,
     )
+
+
+def _halved(level: GaussianLevel) -> GaussianLevel:
+    """Keep the whitening in float16: half a bundle's bytes, and no image is decided otherwise.
+
+    Its numbers are bounded, for the prior's covariance is.
+    """
+    return replace(level, whitening_FW=level.whitening_FW.half())
 
 
 FITS: dict[str, Fit] = {

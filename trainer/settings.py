@@ -11,9 +11,12 @@ from typing import Any, Literal
 from medley.backbone import Backbone
 from medley.errors import DataError
 
-__all__ = ["PRESETS", "Method", "TrainSettings"]
+__all__ = ["PRESETS", "Method", "Selector", "TrainSettings"]
 
 Method = Literal["moe_adapter", "lora", "finetune"]
+Selector = Literal[
+    "ddas", "ddas+reference", "gaussian", "gaussian+reference", "class-gaussians", "prototype"
+]
 # What suits medley-mini. Held-out top-1 on clipart (202 images, one standard error 3.4) after 300
 # steps, last image block and all text blocks: finetune 61.9 at 5e-5, 62.9 at 2e-4, 65.3 at 1e-3,
 # which cannot be told apart; the smaller step forgets less in a sequence. lora 64.9 at 2e-3.
@@ -50,6 +53,7 @@ class TrainSettings:
     freeze_count: int = 2  # the paper's rule: so many of the most counted
     hold_out: float = 0.2  # of each class: calibrates DDAS, and no gradient ever sees it
     alpha: float = 0.02  # share of its own images that the task may refuse
+    selector: Selector = "ddas"  # who decides whether the task knows an image
     ddas_iterations: int = 1000  # of each autoencoder
     shots: int | None = None  # images per class; nothing is then held out
     seed: int = 0

@@ -272,3 +272,24 @@ def test_a_name_that_a_bundle_cannot_have_is_refused_before_training(
             watcher=watch,
         )
     assert watch.started_at == -1
+
+
+@pytest.mark.parametrize("selector", ["ddas", "gaussian", "class-gaussians", "prototype"])
+def test_every_kind_of_selector_comes_back_from_its_bundle_and_knows_its_images(
+    backbone: Backbone, tmp_path: Path, selector: str
+) -> None:
+    bundle, images = learnt(backbone, tmp_path, 0, [], selector=selector, hold_out=0.4)
+    read = read_bundle(tmp_path / f"{bundle.manifest.task}-1.safetensors")
+    model = RoutedModel(backbone, first_expert_block=1, capacity=CAPACITY)
+    classifier = Classifier(model, bucket=4)
+    path = admit(read, classifier)
+    routed = classifier.route(pixels_of(backbone, images, range(8)), [Ask()] * 8)
+    assert routed.paths.count(path) >= 6
+    assert read.manifest.training.settings["selector"] == selector
+
+
+def test_a_reference_that_the_backbone_does_not_have_is_asked_for_in_a_line(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="needs a reference, and tiny has none"):
+        learnt(backbone, tmp_path, 0, [], selector="gaussian+reference")

@@ -103,7 +103,7 @@ def _plan(
     images: ImageSet, method: CilMethod, steps: int, base: int, epochs: int, seed: int
 ) -> CilPlan:
     """The paper's settings; CIFAR-100 in its published order, others shuffled by the seed."""
-    from trainer.bench.cil_plan import CilPlan, class_steps, paper_settings
+    from trainer.bench.cil_plan import CilPlan, cil_settings, class_steps
     from trainer.mtil.orders import CIFAR100
     from trainer.settings import TrainSettings
 
@@ -113,6 +113,6 @@ def _plan(
         names, shuffled = tuple(names[label] for label in CIFAR100), None
     return CilPlan(
         steps=class_steps(names, steps, base=base, seed=shuffled),
-        settings=paper_settings(method, TrainSettings(seed=seed)),
+        settings=cil_settings(method, TrainSettings(seed=seed)),
         epochs=epochs,
     )

@@ -36,7 +36,7 @@ def rivals(course: Course) -> dict[str, ScoreRouter]:
     reference = load_reference(course.backbone, course.cache)
     names = [n for n, fit in FITS.items() if n != OWN and (reference or not fit.needs_reference)]
     count = course.bars.counting("selectors to compare with", len(names))
-    found = {}
+    found: dict[str, ScoreRouter] = {}
     for name in names:
         selectors = {task: _fitted(course, task, name, reference) for task in course.order}
         found[name] = score_router(selectors, course.classifier(), course.test)
