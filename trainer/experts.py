@@ -117,10 +117,10 @@ class BlockMixture(nn.Module):
         expert_BK, gates_BK, balance = self.router(tokens_BD)
         if self.training:
             self.counts_E += torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
-        down_BHD = self._all("down_ERD")[expert_BK].flatten(1, 2)
-        up_BHD = self._all("up_ERD")[expert_BK].flatten(1, 2)
-        down_bias_BH = self._all("down_bias_ER")[expert_BK].flatten(1)
-        up_bias_BD = (gates_BK[:, :, None] * self._all("up_bias_ED")[expert_BK]).sum(1)
+        down_BHD = self._of("down_ERD", expert_BK).flatten(1, 2)
+        up_BHD = self._of("up_ERD", expert_BK).flatten(1, 2)
+        down_bias_BH = self._of("down_bias_ER", expert_BK).flatten(1)
+        up_bias_BD = (gates_BK[:, :, None] * self._of("up_bias_ED", expert_BK)).sum(1)
         gates_BH = gates_BK.repeat_interleave(self.config.bottleneck, dim=1)
         hidden_BLH = _product(x_BLD, down_BHD.mT) + down_bias_BH[:, None]
         if self.config.relu:
@@ -134,6 +134,15 @@ class BlockMixture(nn.Module):
         expert_BK, gates_BK, _ = self.router(x_BLD[:, 0])
         all_BE = gates_BK.new_zeros(len(x_BLD), self.router.gate_DE.shape[1])
         return all_BE.scatter(1, expert_BK, gates_BK)
+
+    def _of(self, name: str, expert_BK: Tensor) -> Tensor:
+        """A parameter of every row's experts, (B, K, ...).
+
+        By index_select, whose gradient adds up in one order. That of plain indexing does not where
+        there are several threads, and equal seeds would give other bits each time.
+        """
+        chosen = self._all(name).index_select(0, expert_BK.flatten())
+        return chosen.unflatten(0, expert_BK.shape)
 
     def _all(self, name: str) -> Tensor:
         return torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name)])

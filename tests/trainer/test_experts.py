@@ -138,3 +138,25 @@ def test_experts_without_relu_are_linear() -> None:
             mixture.up_ERD.normal_()
             odd.append(torch.allclose(mixture(-x_BLD)[0], -mixture(x_BLD)[0], atol=1e-6))
     assert odd == [True, False]
+
+
+def test_gradients_are_equal_bits_whatever_the_threads_do() -> None:
+    mixture = BlockMixture(64, None, replace(CONFIG, num_new=4, bottleneck=8))
+    with torch.no_grad():
+        mixture.up_ERD.normal_()
+    x_BLD, wanted_BLD = torch.randn(64, 17, 64), torch.randn(64, 17, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        grads = []
+        for _ in range(40):
+            torch.manual_seed(0)  # noise and dropout
+            y_BLD, _ = mixture(x_BLD)
+            mixture.zero_grad()
+            (y_BLD * wanted_BLD).sum().backward()
+            grads.append([p.grad.clone() for p in mixture.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(threads)
+    assert grads[0]
+    for again in grads[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(grads[0], again, strict=True))
