@@ -258,9 +258,10 @@ def _gaussian_and_reference(given: _Given) -> TaskSelector:
 
 
 def _halved(level: GaussianLevel) -> GaussianLevel:
-    """Keep the whitening in float16: half a bundle's bytes, and no image is decided otherwise.
+    """Keep the whitening in float16: half the bytes in a bundle.
 
-    Its numbers are bounded, for the prior's covariance is.
+    Costs 0.1 point of accuracy on the small suite (2026-11). It cannot overflow: the prior's ridge
+    bounds the covariance from below.
     """
     return replace(level, whitening_FW=level.whitening_FW.half())
 

@@ -33,7 +33,7 @@ __all__ = ["DEFAULT", "POLICIES", "Batches", "Choice", "Comparison", "Labels", "
 
 FEW = (20, 40, 80, 160)
 FEW_FITS = ("ddas", "gaussian", "gaussian+reference")
-MARGINS = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2)
+MARGINS = (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0, 0.2)
 WEAKER = 10  # a prior that counts for fewer images than the chosen one
 BATCH = 128
 DEFAULT = "gaussian+reference"
