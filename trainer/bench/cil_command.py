@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,19 @@ from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 
 if TYPE_CHECKING:
-    from trainer.bench.cil_plan import CilMethod, CilPlan
     from trainer.datasets import ImageSet
 
 __all__ = ["cil_command"]
 
 DEFAULT_SEEDS = (0, 1, 2)
 out, err = Console(), Console(stderr=True)
+
+
+class PresetName(StrEnum):
+    """Whole sets of settings."""
+
+    SMALL = "small"
+    PAPER = "paper"
 
 
 class CilMethodName(StrEnum):
@@ -57,6 +64,7 @@ def cil_command(
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
     ] = None,
+    preset: Annotated[PresetName, typer.Option(help="Settings of learning.")] = PresetName.SMALL,
     backbone: Annotated[
         str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
     ] = "medley-mini",
@@ -67,16 +75,18 @@ def cil_command(
     """Learn the classes of one data set in steps and measure after each, over all classes seen."""
     from medley.backbone import load_backbone
     from trainer.bench.cil import run_cil
+    from trainer.bench.cil_plan import CilPlan, cil_settings
     from trainer.bench.cil_report import write_cil_report
     from trainer.bench.course import empty_classifier, tap_names
     from trainer.datasets import open_dataset
     from trainer.frozen import FrozenStore
-    from trainer.settings import TrainSettings
+    from trainer.settings import PRESETS, TrainSettings
 
     frozen = load_backbone(backbone, weights=weights, device=device)
     train_set, test_set = (open_dataset(data, part, cache=cache) for part in ("train", "test"))
+    settings = TrainSettings(**PRESETS[preset.value])
     with bars(err) as show:
-        classifier = empty_classifier(frozen, TrainSettings())
+        classifier = empty_classifier(frozen, settings)
         store = FrozenStore(cache.expanduser() / "frozen", classifier, taps=tap_names(frozen))
         count = show.counting("frozen features", len(train_set) + len(test_set))
         kept_train = store.keep(train_set, on_images=count)
@@ -93,26 +103,23 @@ def cil_command(
             )
             for number in seed or DEFAULT_SEEDS
             for name in method or CilMethodName
-            for plan in [_plan(train_set, name.value, steps, base, epochs, number)]
+            for chosen in [cil_settings(name.value, replace(settings, seed=number))]
+            for plan in [
+                CilPlan(
+                    steps=_steps(train_set, steps, base, number), settings=chosen, epochs=epochs
+                )
+            ]
         ]
     report = write_cil_report(folder, results, command=" ".join(["medley", *sys.argv[1:]]))
     out.print(Markdown(report))
 
 
-def _plan(
-    images: ImageSet, method: CilMethod, steps: int, base: int, epochs: int, seed: int
-) -> CilPlan:
-    """The paper's settings; CIFAR-100 in its published order, others shuffled by the seed."""
-    from trainer.bench.cil_plan import CilPlan, cil_settings, class_steps
+def _steps(images: ImageSet, steps: int, base: int, seed: int) -> tuple[tuple[str, ...], ...]:
+    """CIFAR-100 in its published order, others shuffled by the seed."""
+    from trainer.bench.cil_plan import class_steps
     from trainer.mtil.orders import CIFAR100
-    from trainer.settings import TrainSettings
 
-    names = images.class_names
-    shuffled: int | None = seed
     if images.name == "cifar100":
-        names, shuffled = tuple(names[label] for label in CIFAR100), None
-    return CilPlan(
-        steps=class_steps(names, steps, base=base, seed=shuffled),
-        settings=cil_settings(method, TrainSettings(seed=seed)),
-        epochs=epochs,
-    )
+        names = [images.class_names[label] for label in CIFAR100]
+        return class_steps(names, steps, base=base)
+    return class_steps(images.class_names, steps, base=base, seed=seed)

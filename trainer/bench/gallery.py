@@ -19,6 +19,18 @@ __all__ = ["Picture", "gallery"]
 BARS = ("transfer", "average", "last")
 
 
+# Routers that are in the tables and in no picture: nobody looks at thirty pictures.
+ASIDE = (
+    "prototype",
+    "class-gaussians",
+    "gaussian",
+    "ddas+reference",
+    "ddas+labels",
+    "paper-1-no-reference",
+    "paper-128-no-reference",
+)
+
+
 @dataclass(frozen=True)
 class Picture:
     """One file, drawn when it is needed."""
@@ -29,7 +41,8 @@ class Picture:
 
 
 def gallery(records: Sequence[Record], results: Sequence[Result]) -> list[Picture]:
-    """All pictures of a report, in its order."""
+    """All pictures of a report, in its order; of routers only those that people look at first."""
+    results = [result for result in results if result.key[1] not in ASIDE]
     seeds = f"mean of {len(records)} seeds" if len(records) > 1 else f"seed {records[0].seed}"
     return [
         _bars(results, f"Transfer, Average and Last, {seeds}"),
@@ -71,6 +84,8 @@ def _matrices(
 def _confusions(records: Sequence[Record]) -> Iterator[Picture]:
     order = records[0].order
     for router, found in routers_of(records).items():
+        if router in ASIDE:
+            continue
         counts = np.sum([routing.counts for routing in found], axis=0)
         draw = partial(confusion_png, counts, order, (*order, "zero-shot"))
         caption = f"Where {router} sent the images, all seeds"
