@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +41,9 @@ def ablation_command(
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
     ] = None,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Optimiser steps of a task, where experts are trained.")
+    ] = 100,
     backbone: Annotated[
         str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
     ] = "medley-mini",
@@ -55,7 +59,7 @@ def ablation_command(
 
     with bars(err) as show:
         report = run_ablation(
-            ablation(name.value),
+            replace(ablation(name.value), iterations=iterations),
             open_suite("small", cache=cache),
             load_backbone(backbone, weights=weights, device=device),
             folder,

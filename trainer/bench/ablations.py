@@ -20,7 +20,6 @@ Arms = Mapping[str, Mapping[str, Any]]  # by label: what differs from the defaul
 
 LEARNT = ("clipart", "chess", "letters")  # few classes, so that a step is short
 ROUTED = (*LEARNT, "animals", "fashion", "flags", "digits", "counting", "textile")
-ITERATIONS = 100  # of learning; a sixth of the default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,7 @@ class Ablation:
             are overrides of `TrainSettings`. ``routing`` fits the selectors of all tasks and
             measures where the images go; its arms are arguments of `fit_selector`.
         arms: for a backbone, whose depth they may ask.
+        iterations: of learning, unless an arm says otherwise; a sixth of the default.
     """
 
     name: str
@@ -39,12 +39,13 @@ class Ablation:
     kind: Literal["learning", "routing"]
     tasks: tuple[str, ...]
     arms: Callable[[Backbone], Arms]
+    iterations: int = 100
 
     def settings(self, arm: Mapping[str, Any], seed: int) -> TrainSettings:
         """What an arm learns with; a routing arm learns nothing, and only the seed matters."""
         if self.kind == "routing":
             return TrainSettings(seed=seed)
-        return TrainSettings(**{"iterations": ITERATIONS, **arm, "seed": seed})
+        return TrainSettings(**{"iterations": self.iterations, **arm, "seed": seed})
 
 
 def ablation(name: str) -> Ablation:
