@@ -22,7 +22,7 @@ from medley.routed import RoutedModel
 from trainer.bench.course import Course, Meter
 from trainer.bench.results import routed_right
 from trainer.bench.routers import score_router
-from trainer.checkpoint import make_folder
+from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet
 from trainer.ddas import DEFAULT_FEATURES, fit_selector
 from trainer.export import BUCKET, capacity_for, keep, measure_usage
@@ -51,8 +51,7 @@ def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
         ``trained``: accuracy of the learner as it was trained; ``kept``: that of the experts that
         a bundle would hold, where it could; parameters; processor seconds.
     """
-    with Meter.measured(course.backbone.device) as meter:
-        result = _trained(course, task, trained)
+    result, cpu_seconds = _trained(course, task, trained)
     learner, settings = result.learner, course.settings
     assert isinstance(learner, MoeAdapter)
     usage = measure_usage(learner, result.trunk, settings)
@@ -63,7 +62,7 @@ def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
         "trained": _trained_accuracy(course, learner, test),
         "stored parameters": counts.stored,
         "active parameters": counts.active,
-        "CPU seconds": meter.cpu_seconds,
+        "CPU seconds": cpu_seconds,
     }
     if settings.relu:  # a bundle's experts have one
         metrics["kept"] = _kept_accuracy(course, kept, test)
@@ -100,22 +99,31 @@ def routing_trial(course: Course, arm: Mapping[str, Any]) -> Metrics:
     }
 
 
-def _trained(course: Course, task: str, folder: Path) -> Trained:
+def _trained(course: Course, task: str, folder: Path) -> tuple[Trained, float]:
+    """A learner and the processor seconds it took, whoever trained it.
+
+    If training was interrupted, the seconds are those since.
+    """
     part, _ = course.parts(task)
     identity = _identity(course, task, part)
     make_folder(folder)
     checkpoint = folder / f"{task}-{identity[:24]}.pt"
-    return train(
-        course.backbone,
-        part,
-        None,  # no curve: it costs, and nobody looks
-        course.settings,
-        checkpoint=checkpoint,
-        identity=identity,
-        resume=checkpoint.exists(),
-        checkpoint_every_s=60.0,
-        watcher=course.bars.learning(task, course.settings.batch_size),
-    )
+    took = checkpoint.with_suffix(".json")  # written when training is done
+    with Meter.measured(course.backbone.device) as meter:
+        result = train(
+            course.backbone,
+            part,
+            None,  # no curve: it costs, and nobody looks
+            course.settings,
+            checkpoint=checkpoint,
+            identity=identity,
+            resume=checkpoint.exists(),
+            checkpoint_every_s=60.0,
+            watcher=course.bars.learning(task, course.settings.batch_size),
+        )
+    if not took.exists():
+        write_whole(took, json.dumps({"cpu_seconds": meter.cpu_seconds}).encode())
+    return result, float(json.loads(took.read_bytes())["cpu_seconds"])
 
 
 def _identity(course: Course, task: str, part: ImageSet) -> str:
