@@ -353,7 +353,9 @@ def _calibrated(
     run = FITS[settings.selector]
     fit, labels_N = frozen_taps(classifier, train, run.taps), train.labels
     calibration = None if held_out is None else frozen_taps(classifier, held_out, run.taps)
-    enough = held_out is not None and _can_promise(settings.alpha, len(held_out))
+    enough = held_out is not None and (
+        not run.promises or _can_promise(settings.alpha, len(held_out))
+    )
     if held_out is not None and calibration is not None and not enough:
         # Too few to promise alpha: every image counts.
         fit = {name: torch.cat([fit[name], calibration[name]]) for name in run.taps}
@@ -370,7 +372,7 @@ def _calibrated(
     measured = calibration if calibration is not None and enough else fit
     promise = "split conformal" if enough else "cross-fitted conformal"
     return selector, Calibration(
-        method="against a reference, nothing promised" if selector.alpha is None else promise,
+        method=promise if run.promises else "against a reference, measured and not promised",
         images=len(next(iter(measured.values()))),
         false_reject_rate=false_reject_rate(selector, measured),
     )

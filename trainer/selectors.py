@@ -34,7 +34,7 @@ from trainer.ddas import (
 from trainer.gaussians import Gaussian, class_level, strength_of_prior
 from trainer.reference import FEATURES, PAPER, Reference
 
-__all__ = ["FITS", "Fit", "batch_paths", "default_fit", "fit_paper"]
+__all__ = ["FITS", "Fit", "batch_paths", "fit_paper"]
 
 EMBEDDING = "embedding"
 LEAST_IMAGES = 2  # a covariance needs two
@@ -71,11 +71,13 @@ class Fit:
         taps: the frozen features that it needs.
         run: makes one.
         needs_reference: whether the backbone must have a reference.
+        promises: whether it refuses at most alpha of its own; otherwise that is only measured.
     """
 
     taps: tuple[str, ...]
     run: Callable[[_Given], TaskSelector]
     needs_reference: bool = False
+    promises: bool = True
 
     def __call__(
         self,
@@ -117,11 +119,6 @@ class Fit:
 
     def _seen(self, taps: Taps) -> Taps:
         return {name: taps[name] for name in self.taps}
-
-
-def default_fit(reference: Reference | None) -> str:
-    """The name of what routes best: with a reference, and without."""
-    return "ddas" if reference is None else "gaussian+reference"
 
 
 def fit_paper(
@@ -272,7 +269,9 @@ FITS: dict[str, Fit] = {
     "prototype": Fit((EMBEDDING,), _prototype),
     "class-gaussians": Fit((EMBEDDING,), _class_gaussians),
     "gaussian": Fit(FEATURES, _gaussian),
-    "gaussian+reference": Fit(FEATURES, _gaussian_and_reference, needs_reference=True),
+    "gaussian+reference": Fit(
+        FEATURES, _gaussian_and_reference, needs_reference=True, promises=False
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from trainer.reference import (
     make_reference,
     save_reference,
 )
-from trainer.selectors import FITS, batch_paths, default_fit, fit_paper
+from trainer.selectors import FITS, batch_paths, fit_paper
+from trainer.settings import Selector, TrainSettings
 
 F = 48
 CAUSES = 4
@@ -94,9 +96,9 @@ def test_a_selector_that_needs_a_reference_says_so(name: str) -> None:
         FITS[name](fit, labels_N, None, iterations=5)
 
 
-def test_the_default_is_the_best_that_a_backbone_allows(reference: Reference) -> None:
-    assert default_fit(reference) == "gaussian+reference"
-    assert default_fit(None) == "ddas"
+def test_the_kinds_are_those_that_settings_may_name() -> None:
+    assert set(FITS) == set(get_args(Selector))
+    assert TrainSettings().selector == "ddas"
 
 
 def test_the_reference_refuses_what_is_nobodys_and_nothing_is_promised(
