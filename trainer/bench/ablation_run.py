@@ -95,11 +95,15 @@ def _about(ablation: Ablation, arms: Arms, backbone: Backbone) -> dict[str, Any]
         "ablation": ablation.name,
         "tasks": ablation.tasks,
         "backbone": backbone.fingerprint,
-        "settings": {k: v for k, v in ablation.settings({}, 0).as_dict().items() if k != "seed"},
+        "settings": {} if ablation.kind == "routing" else _settings(ablation),
         "arms": {label: dict(arm) for label, arm in arms.items()},
     }
     parsed: dict[str, Any] = json.loads(json.dumps(about))
     return parsed
+
+
+def _settings(ablation: Ablation) -> dict[str, Any]:
+    return {k: v for k, v in ablation.settings({}, 0).as_dict().items() if k != "seed"}
 
 
 class _Ledger:

@@ -35,7 +35,10 @@ __all__ = ["Metrics", "learning_trial", "routing_trial"]
 Metrics = dict[str, float]
 
 # They decide what is made of a trained learner, not how it is trained.
-AFTER_TRAINING = ("freeze", "freeze_mass", "freeze_count", "alpha", "ddas_iterations")
+AFTER_TRAINING = (
+    *("freeze", "freeze_mass", "freeze_count"),
+    *("selector", "alpha", "ddas_iterations"),
+)
 
 
 def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
