@@ -42,8 +42,8 @@ def ablation_command(
         list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
     ] = None,
     iterations: Annotated[
-        int, typer.Option(min=1, help="Optimiser steps of a task, where experts are trained.")
-    ] = 100,
+        int | None, typer.Option(min=1, help="Optimiser steps of a task; default: a short run.")
+    ] = None,
     backbone: Annotated[
         str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
     ] = "medley-mini",
@@ -57,9 +57,12 @@ def ablation_command(
     from trainer.bench.ablations import ablation
     from trainer.suites import open_suite
 
+    which = ablation(name.value)
+    if iterations is not None:
+        which = replace(which, iterations=iterations)
     with bars(err) as show:
         report = run_ablation(
-            replace(ablation(name.value), iterations=iterations),
+            which,
             open_suite("small", cache=cache),
             load_backbone(backbone, weights=weights, device=device),
             folder,
