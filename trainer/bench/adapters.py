@@ -25,6 +25,7 @@ from trainer.datasets import normalised
 from trainer.evaluation import served
 from trainer.export import Label
 from trainer.run import learn
+from trainer.selectors import FITS
 
 __all__ = ["Learnt", "accuracy", "learn_bundles", "measure"]
 
@@ -89,7 +90,10 @@ def measure(
         for protocol in ("agnostic", "union")
         if not (protocol == "union" and name in NEEDS_LABELS)
     ]
-    routings = [router.routing(name, course.settings.alpha) for name, router in by_scores.items()]
+    routings = [
+        router.routing(name, course.settings.alpha if _promises(name) else None)
+        for name, router in by_scores.items()
+    ]
     sent, differ = answers.mixed_batches(MIXED_IMAGES, course.settings.seed)
     mixed = {"images": sent, "features_that_differ": differ}
     return rows, routings, _scores(by_scores["ddas"], own), mixed
@@ -130,6 +134,11 @@ def _learn(course: Course, task: str, folder: Path, after: Sequence[Bundle]) -> 
     selector = sum(t.numel() for n, t in outcome.bundle.tensors.items() if n.startswith("ddas."))
     counts = replace(outcome.counts, stored=outcome.counts.stored + selector)
     return meter.cost(METHOD, task, counts)
+
+
+def _promises(router: str) -> bool:
+    """Whether each task refuses at most alpha of its own; the paper's threshold is one for all."""
+    return router in FITS and FITS[router].promises
 
 
 def _class_names(course: Course) -> dict[str, frozenset[str]]:
