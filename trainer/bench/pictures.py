@@ -72,10 +72,9 @@ def sequence_png(matrices: Mapping[str, ArrayLike], tasks: Sequence[str], *, tit
         seen_T = [matrix_TT[i, : i + 1].mean() for i in range(len(tasks))]
         # Equal curves hide each other: each next one is thinner.
         width = max(1.0, 3.0 - 0.45 * index)
+        style = f"C{index % 10}{'-' if index < 10 else '--'}"
         for axes, values_T in zip(grid, (seen_T, *matrix_TT.T), strict=True):
-            axes.plot(
-                steps, values_T, color=f"C{index}", lw=width, marker="o", ms=width + 1, label=name
-            )
+            axes.plot(steps, values_T, style, lw=width, marker="o", ms=width + 1, label=name)
     for axes, panel in zip(grid, ("mean over what was learnt", *tasks), strict=True):
         axes.set_title(panel, fontsize=9, fontweight="bold" if axes is grid[0] else "normal")
         axes.set(xlim=(0.6, len(tasks) + 0.4), ylim=(0, 102))
