@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -51,6 +51,7 @@ def test_one_task_has_no_transfer() -> None:
     assert (result.average, result.last, result.forgetting) == (0.5, 0.5, 0.0)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(2, 11))
 def test_a_constant_matrix_is_its_constant(share: float, tasks: int) -> None:
     result = sequential(np.full((tasks, tasks), share))
@@ -58,6 +59,7 @@ def test_a_constant_matrix_is_its_constant(share: float, tasks: int) -> None:
     assert result.forgetting_T == (0.0,) * tasks
 
 
+@settings(deadline=None)
 @given(SHARES, st.data())
 def test_without_forgetting_average_follows_from_zero_shot_and_last(
     zero_shot: list[float], data: st.DataObject
@@ -75,6 +77,7 @@ def test_without_forgetting_average_follows_from_zero_shot_and_last(
     assert result.forgetting == 0
 
 
+@settings(deadline=None)
 @given(MATRIX, MATRIX)
 def test_last_asks_only_the_last_row(
     matrix_TT: NDArray[np.float64], other_TT: NDArray[np.float64]
@@ -85,6 +88,7 @@ def test_last_asks_only_the_last_row(
     assert sequential(one).last_T == sequential(other).last_T
 
 
+@settings(deadline=None)
 @given(MATRIX, st.randoms(use_true_random=False))
 def test_average_and_last_do_not_ask_in_which_order_data_sets_are_listed(
     matrix_TT: NDArray[np.float64], chance: Any
@@ -96,6 +100,7 @@ def test_average_and_last_do_not_ask_in_which_order_data_sets_are_listed(
     assert moved.average == pytest.approx(plain.average)
 
 
+@settings(deadline=None)
 @given(MATRIX)
 def test_average_is_made_of_transfer_and_what_came_after_learning(
     matrix_TT: NDArray[np.float64],
@@ -106,6 +111,7 @@ def test_average_is_made_of_transfer_and_what_came_after_learning(
         assert result.average_T[j] * tasks == pytest.approx(j * (transfer or 0) + learnt)
 
 
+@settings(deadline=None)
 @given(MATRIX)
 def test_nothing_leaves_the_range_of_its_column(matrix_TT: NDArray[np.float64]) -> None:
     result = sequential(matrix_TT)
@@ -122,12 +128,14 @@ def test_class_incremental_metrics() -> None:
     assert (result.average, result.last) == pytest.approx((0.7, 0.4))
 
 
+@settings(deadline=None)
 @given(SCORES, SCORES)
 def test_auroc_is_that_of_scikit_learn(positive: list[float], negative: list[float]) -> None:
     truth = [1] * len(positive) + [0] * len(negative)
     assert auroc(positive, negative) == pytest.approx(roc_auc_score(truth, positive + negative))
 
 
+@settings(deadline=None)
 @given(SCORES, SCORES)
 def test_auroc_is_symmetric(positive: list[float], negative: list[float]) -> None:
     assert auroc(positive, negative) + auroc(negative, positive) == pytest.approx(1)

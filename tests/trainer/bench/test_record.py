@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley.errors import DataError
@@ -46,6 +46,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 SETTINGS: st.SearchStrategy[Any] = st.dictionaries(st.text(), JSON)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_record_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
