@@ -297,12 +297,18 @@ def _print_outcome(report: dict[str, Any], path: Path) -> None:
         "bundle": f"{path} ({report['size_bytes'] / 1e6:.2f} MB)",
         "digest": report["digest"],
         **{name.replace("_", " "): f"{value:.1%}" for name, value in report["metrics"].items()},
-        "DDAS alpha": f"{report['selector']['alpha']:.3g}",
+        "refuses of its own": _refuses(report["selector"]),
         "time": f"{report['training_s']} s training, {report['export_s']} s calibration",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)
+
+
+def _refuses(selector: dict[str, Any]) -> str:
+    measured = f"{selector['calibration']['false_reject_rate']:.1%} measured"
+    alpha = selector["alpha"]
+    return measured if alpha is None else f"{measured}, at most {alpha:.1%} promised"
 
 
 def _print_evaluation(result: Evaluation) -> None:

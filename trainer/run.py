@@ -195,6 +195,10 @@ def _write_reports(folder: Path, report: dict[str, Any], history: History, usage
     write_whole(folder / "usage.png", usage_png(usage))
 
 
+def _at(alpha: float | None) -> str:
+    return "" if alpha is None else f" at alpha {alpha:.3g}"
+
+
 def _markdown(report: dict[str, Any]) -> str:
     selector = report["selector"]
     calibration = selector["calibration"]
@@ -204,8 +208,8 @@ def _markdown(report: dict[str, Any]) -> str:
         "backbone": f"{report['backbone']['name']}, {report['backbone']['fingerprint']}",
         "data": f"{report['images']} images of {report['classes']} classes",
         "seconds": f"{report['training_s']} to train, {report['export_s']} to calibrate and export",
-        "DDAS": f"{calibration['method']} on {calibration['images']} images at alpha "
-        f"{selector['alpha']:.3g}; refuses {calibration['false_reject_rate']:.3f} of them",
+        "who decides": f"{calibration['method']}{_at(selector['alpha'])}; refuses "
+        f"{calibration['false_reject_rate']:.3f} of {calibration['images']} images",
         **{name.replace("_", " "): f"{value:.4f}" for name, value in report["metrics"].items()},
         **{name.replace("_", " "): value for name, value in report["settings"].items()},
     }

@@ -56,6 +56,27 @@ def test_a_task_is_learnt_and_measured(
 
 
 @pytest.mark.parametrize(
+    ("selector", "line"),
+    [("ddas", "at most 30.0% promised"), ("gaussian+reference", "% measured")],
+)
+def test_who_decides_is_chosen_and_told(
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    selector: str,
+    line: str,
+) -> None:
+    run = tmp_path / "run"
+    words = ("train", colours, "--task", "colours", "--out", run, "--selector", selector, *FAST)
+    assert medley(monkeypatch, *words) == 0
+    assert line in capsys.readouterr().out
+    report = (run / "colours-1" / "report.md").read_text()
+    assert "| who decides |" in report
+    assert f"| selector | {selector} |" in report
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--lr", "0"], "lr is 0; it must be more than 0"),
