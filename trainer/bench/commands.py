@@ -150,7 +150,9 @@ def _show(records: list[Record], protocols: set[str]) -> None:
     """Print what most people want to know first."""
     from trainer.bench.metrics import over_seeds, sequential
 
-    table = Table("method", "router", "protocol", "Transfer", "Average", "Last", "Forgetting")
+    table = Table()
+    for heading in ("method", "router", "protocol", "Transfer", "Average", "Last", "Forgetting"):
+        table.add_column(heading, overflow="fold")  # names are told apart by their ends
     for row in records[0].rows:
         if row.protocol not in protocols:
             continue
