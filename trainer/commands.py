@@ -16,6 +16,7 @@ from rich.table import Table
 from trainer.bench.commands import bench
 from trainer.data_commands import data_commands
 from trainer.imports.command import import_commands
+from trainer.options import BackboneName, Device, Preset, Weights
 from trainer.pretrain.command import pretrain_command
 from trainer.progress import bars
 
@@ -33,13 +34,6 @@ commands.add_typer(bench, name="bench")
 commands.add_typer(data_commands, name="data")
 commands.add_typer(import_commands, name="import")
 out, err = Console(), Console(stderr=True)
-
-
-class Preset(StrEnum):
-    """Whole sets of settings."""
-
-    SMALL = "small"
-    PAPER = "paper"
 
 
 class Method(StrEnum):
@@ -73,11 +67,6 @@ class SelectorName(StrEnum):
     PROTOTYPE = "prototype"
 
 
-BackboneName = Annotated[
-    str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
-]
-Weights = Annotated[Path | None, typer.Option(help="Local weights of the backbone.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
 Skip = Annotated[bool, typer.Option(help="Leave unreadable images out instead of stopping.")]
 
 

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from trainer.options import DEFAULT_SEEDS, BackboneName, Cache, Device, Seeds, Weights
 from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 
 __all__ = ["ablation_command"]
 
-DEFAULT_SEEDS = (0, 1, 2)
 out, err = Console(), Console(stderr=True)
 
 
@@ -38,18 +38,14 @@ def ablation_command(
     folder: Annotated[
         Path, typer.Option("--out", help="Folder of ablations; an interrupted one goes on.")
     ],
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
-    ] = None,
+    seed: Seeds = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of a task; default: a short run.")
     ] = None,
-    backbone: Annotated[
-        str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
-    ] = "medley-mini",
-    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone.")] = None,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    cache: Annotated[Path, typer.Option(help="Where data and features are kept.")] = DEFAULT_CACHE,
+    backbone: BackboneName = "medley-mini",
+    weights: Weights = None,
+    device: Device = "cpu",
+    cache: Cache = DEFAULT_CACHE,
 ) -> None:
     """Compare some arms on the small suite: one question, a table with seeds, a picture."""
     from medley.backbone import load_backbone

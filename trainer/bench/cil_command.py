@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from trainer.options import DEFAULT_SEEDS, BackboneName, Cache, Device, Preset, Seeds, Weights
 from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 
@@ -21,15 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cil_command"]
 
-DEFAULT_SEEDS = (0, 1, 2)
 out, err = Console(), Console(stderr=True)
-
-
-class PresetName(StrEnum):
-    """Whole sets of settings."""
-
-    SMALL = "small"
-    PAPER = "paper"
 
 
 class CilMethodName(StrEnum):
@@ -61,16 +54,12 @@ def cil_command(
     method: Annotated[
         list[CilMethodName] | None, typer.Option(help="Only this one; repeat for more.")
     ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
-    ] = None,
-    preset: Annotated[PresetName, typer.Option(help="Settings of learning.")] = PresetName.SMALL,
-    backbone: Annotated[
-        str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
-    ] = "medley-mini",
-    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone.")] = None,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    cache: Annotated[Path, typer.Option(help="Where data and features are kept.")] = DEFAULT_CACHE,
+    seed: Seeds = None,
+    preset: Annotated[Preset, typer.Option(help="Settings of learning.")] = Preset.SMALL,
+    backbone: BackboneName = "medley-mini",
+    weights: Weights = None,
+    device: Device = "cpu",
+    cache: Cache = DEFAULT_CACHE,
 ) -> None:
     """Learn the classes of one data set in steps and measure after each, over all classes seen."""
     from medley.backbone import load_backbone

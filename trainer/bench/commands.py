@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trainer.bench.ablation_command import ablation_command
 from trainer.bench.cil_command import cil_command
+from trainer.options import DEFAULT_SEEDS, BackboneName, Cache, Device, Preset, Seeds, Weights
 from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 
@@ -25,7 +26,6 @@ bench = typer.Typer(no_args_is_help=True, help="Measure learning by the protocol
 bench.command("ablation")(ablation_command)
 bench.command("cil")(cil_command)
 out, err = Console(), Console(stderr=True)
-DEFAULT_SEEDS = (0, 1, 2)
 
 
 class SuiteName(StrEnum):
@@ -53,13 +53,6 @@ class MethodName(StrEnum):
     MOE_ADAPTER = "moe_adapter"
 
 
-class PresetName(StrEnum):
-    """Whole sets of settings."""
-
-    SMALL = "small"
-    PAPER = "paper"
-
-
 @bench.command()
 def mtil(
     folder: Annotated[
@@ -78,9 +71,7 @@ def mtil(
     method: Annotated[
         list[MethodName] | None, typer.Option(help="Only this one; repeat for more.")
     ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
-    ] = None,
+    seed: Seeds = None,
     shots: Annotated[
         int | None, typer.Option(min=1, help="Learn from so many images a class; 5 or 16.")
     ] = None,
@@ -90,7 +81,7 @@ def mtil(
     share: Annotated[
         bool, typer.Option(help="Later tasks may choose the frozen experts of earlier ones.")
     ] = False,
-    preset: Annotated[PresetName, typer.Option(help="Settings of learning.")] = PresetName.SMALL,
+    preset: Annotated[Preset, typer.Option(help="Settings of learning.")] = Preset.SMALL,
     iterations: Annotated[int | None, typer.Option(help="Optimiser steps a task.")] = None,
     baseline_iterations: Annotated[
         int | None, typer.Option(min=1, help="The same for finetune and lora; default: as many.")
@@ -98,12 +89,10 @@ def mtil(
     first_expert_block: Annotated[
         int | None, typer.Option(help="First image block that is trained.")
     ] = None,
-    backbone: Annotated[
-        str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
-    ] = "medley-mini",
-    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone.")] = None,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    cache: Annotated[Path, typer.Option(help="Where data and features are kept.")] = DEFAULT_CACHE,
+    backbone: BackboneName = "medley-mini",
+    weights: Weights = None,
+    device: Device = "cpu",
+    cache: Cache = DEFAULT_CACHE,
 ) -> None:
     """Learn a sequence of tasks and measure all protocols, per image; JSON, report and pictures."""
     from medley.backbone import load_backbone

@@ -1,0 +1,31 @@
+"""Options that several commands have, so that they are called and explained alike everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["DEFAULT_SEEDS", "BackboneName", "Cache", "Device", "Preset", "Seeds", "Weights"]
+
+DEFAULT_SEEDS = (0, 1, 2)
+
+
+class Preset(StrEnum):
+    """Whole sets of settings; paper: MoE-Adapters."""
+
+    SMALL = "small"
+    PAPER = "paper"
+
+
+BackboneName = Annotated[
+    str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
+]
+Weights = Annotated[Path | None, typer.Option(help="Local weights of the backbone.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Cache = Annotated[Path, typer.Option(help="Where data and features are kept.")]
+Seeds = Annotated[
+    list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
+]
