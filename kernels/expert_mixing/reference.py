@@ -1,19 +1,20 @@
 """Top-k expert mixing for a batch whose rows follow different paths, the plain PyTorch definition.
 
-It is the CPU path and what a Triton kernel of the same signature is tested against. It gathers each
-row's experts by slot index; there is no loop over experts and no read-back to the host.
+It is the CPU path and what the Triton kernel of the same signature is tested against. It gathers
+each row's experts by slot index; there is no loop over experts and no read-back to the host.
 
 Legend: B rows (images or prompts), L tokens, D width, E experts a path may name, K chosen experts,
-S slots, R bottleneck, P paths. A slot's weights are stored [2, R, D]: down.weight, then up.weight
-transposed, both contiguous along D.
+S slots, R bottleneck, H = K * R hidden units, P paths. A slot's weights are stored [2, R, D]:
+down.weight, then up.weight transposed, both contiguous along D.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["choose", "expert_mixing", "mix", "route"]
+__all__ = ["choose", "expert_mixing", "expert_mixing_norm", "mix", "route"]
 
 
 def route(logits_BE: Tensor, top_k_B: Tensor, *, max_top_k: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,14 @@ def choose(
 
 
 def mix(
-    x_BLD: Tensor, slots_BK: Tensor, gates_BK: Tensor, weights_S2RD: Tensor, biases_SF: Tensor
+    x_BLD: Tensor,
+    slots_BK: Tensor,
+    gates_BK: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    *,
+    relu: bool = True,
+    keep_BLH: Tensor | None = None,
 ) -> Tensor:
     """Apply each row's K bottleneck experts to all of its tokens and sum them by gate.
 
@@ -79,6 +87,9 @@ def mix(
         gates_BK: float32; any constant scale is folded in by the caller.
         weights_S2RD: slot pool.
         biases_SF: F = R + D, down bias then up bias, float32.
+        relu: False for linear experts, which have no ReLU.
+        keep_BLH: multiplies the hidden units after the ReLU, the k-th expert's at k*R..(k+1)*R: a
+            dropout mask already divided by its keep probability, in x's dtype.
 
     Source: MoE-Adapters, arXiv:2403.11549, the branch parallel to the MLP.
     """
@@ -90,7 +101,11 @@ def mix(
     # The k experts side by side are one expert of K*R hidden units: two products a row for any k.
     hidden_BLH = torch.baddbmm(
         down_bias_BKR.flatten(1)[:, None].to(x_BLD.dtype), x_BLD, down_BKRD.flatten(1, 2).mT
-    ).relu()
+    )
+    if relu:
+        hidden_BLH = hidden_BLH.relu()
+    if keep_BLH is not None:
+        hidden_BLH = hidden_BLH * keep_BLH
     gates_BH = gates_BK.repeat_interleave(bottleneck, dim=1).to(x_BLD.dtype)
     up_bias_BD = (gates_BK[:, :, None] * up_bias_BKD).sum(1).to(x_BLD.dtype)
     return torch.baddbmm(up_bias_BD[:, None], hidden_BLH * gates_BH[:, None], up_BKRD.flatten(1, 2))
@@ -136,3 +151,40 @@ def expert_mixing(
     slots_BK = slots_PE[path_B].gather(1, expert_BK).clamp_min(0)
     y_BLD = mix(x_BLD, slots_BK, gates_BK * scale_P[path_B, None], weights_S2RD, biases_SF)
     return y_BLD.masked_fill(~active_B[:, None, None], 0.0)
+
+
+def expert_mixing_norm(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    out_bias_D: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    *,
+    max_top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Mix the experts, and prepare both inputs of the MLP beside them, which shares their x.
+
+    The first eight arguments are those of `expert_mixing`, whose answer is y here.
+
+    Args:
+        out_bias_D: bias of the MLP's last product, which then needs none of its own.
+        norm_weight_D: of the MLP's LayerNorm; norm_bias_D and eps likewise.
+
+    Returns:
+        r = x + out_bias + y, for the MLP's last product to accumulate on, and z = LayerNorm(x), its
+        input; both (B, L, D) in x's dtype.
+    """
+    pool = (weights_S2RD, biases_SF)
+    y_BLD = expert_mixing(
+        x_BLD, paths_B, *pool, routers_PDE, slots_PE, top_k_P, scale_P, max_top_k=max_top_k
+    )
+    r_BLD = x_BLD + (y_BLD + out_bias_D.to(x_BLD.dtype))
+    weight_D, bias_D = norm_weight_D.to(x_BLD.dtype), norm_bias_D.to(x_BLD.dtype)
+    return r_BLD, F.layer_norm(x_BLD, x_BLD.shape[-1:], weight_D, bias_D, eps)
