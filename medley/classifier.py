@@ -105,7 +105,7 @@ class Classifier:
         features_BE = frozen.features_BE
         if features_BE is None or max(paths) > ZERO_SHOT:
             paths_B = torch.tensor(paths, device=frozen.hidden_BLD.device)
-            features_BE = self.model.finish(frozen.hidden_BLD, paths_B)
+            features_BE = self.model.finish(frozen, paths_B)
         return Routed(
             F.normalize(features_BE.float(), dim=-1)[:count],
             paths[:count],

@@ -36,9 +36,10 @@ ZERO_SHOT = -1
 class Frozen:
     """What the untouched backbone says about a batch, whatever paths its images take."""
 
-    hidden_BLD: Tensor  # after first_expert_block blocks: expert paths set out from here
+    hidden_BLD: Tensor  # after `depth` blocks: expert paths set out from here
     taps: dict[str, Tensor]  # pooled features by name, float32 (B, F)
     features_BE: Tensor | None  # zero-shot image features, if the pass went through all blocks
+    depth: int  # first_expert_block as it was
 
 
 class RoutedModel:
@@ -103,7 +104,7 @@ class RoutedModel:
 
     def encode_image(self, images_BCHW: Tensor, paths_B: Tensor) -> Tensor:
         """Encode normalised images, each by its own path; un-normalised features (B, E)."""
-        return self.finish(self.frozen(images_BCHW).hidden_BLD, paths_B)
+        return self.finish(self.frozen(images_BCHW), paths_B)
 
     def encode_text(self, tokens_NL: Tensor, path: int = ZERO_SHOT) -> Tensor:
         """Encode token ids by one path's text experts; un-normalised features (N, E)."""
@@ -146,16 +147,23 @@ class RoutedModel:
         features_BE = tower.pool(x_BLD) if depth == len(tower.blocks) else None
         if features_BE is not None and "embedding" in taps:
             found["embedding"] = F.normalize(features_BE.float(), dim=-1)
-        return Frozen(hidden_BLD, found, features_BE)
+        return Frozen(hidden_BLD, found, features_BE, self.first_expert_block)
 
-    def finish(self, hidden_BLD: Tensor, paths_B: Tensor) -> Tensor:
-        """Go on from `Frozen.hidden_BLD` to un-normalised features (B, E), each by its own path."""
-        tower = self.backbone.image
-        for index in range(self.first_expert_block, len(tower.blocks)):
-            hidden_BLD = _routed_block(
-                tower.blocks[index], index, hidden_BLD, None, self._vision, paths_B
-            )
-        return tower.pool(hidden_BLD)
+    def finish(self, frozen: Frozen, paths_B: Tensor | None) -> Tensor:
+        """Go on from `frozen` to un-normalised features (B, E), each row by its own path.
+
+        Args:
+            frozen: of this model.
+            paths_B: int64, -1 for zero-shot. None: all are, and no expert operation runs.
+        """
+        tower, x_BLD = self.backbone.image, frozen.hidden_BLD
+        for index in range(frozen.depth, len(tower.blocks)):
+            block = tower.blocks[index]
+            if paths_B is None:
+                x_BLD = _plain_block(block, x_BLD)
+            else:
+                x_BLD = _routed_block(block, index, x_BLD, None, self._vision, paths_B)
+        return tower.pool(x_BLD)
 
     def _pool(self, blocks: int, width: int) -> ExpertPool:
         return ExpertPool(

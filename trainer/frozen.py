@@ -184,6 +184,7 @@ def _read(
         bucket([p.hidden() for p in kept]) if hidden else torch.empty(0),
         {name: bucket([p.part.taps[name][p.row] for p in kept]) for name in taps},
         None,
+        depth=classifier.model.first_expert_block,
     )
 
 

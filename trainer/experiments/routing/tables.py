@@ -98,11 +98,11 @@ def _milliseconds(model: RoutedModel) -> dict[str, float]:
     images_BCHW = torch.rand(BATCH, 3, height, width)
     paths_B = torch.full((BATCH,), ZERO_SHOT)
     with torch.inference_mode():
-        hidden_BLD = model.frozen(images_BCHW).hidden_BLD
+        frozen = model.frozen(images_BCHW)
         return {
             "to first_expert_block": _best_ms(lambda: model.frozen(images_BCHW)),
             "to the end": _best_ms(lambda: model.frozen(images_BCHW, features=True)),
-            "the blocks after it alone": _best_ms(lambda: model.finish(hidden_BLD, paths_B)),
+            "the blocks after it alone": _best_ms(lambda: model.finish(frozen, paths_B)),
         }
 
 
