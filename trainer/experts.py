@@ -1,8 +1,8 @@
 """Trainable experts of one tower: frozen and new ones under this task's noisy router.
 
 What the trainer optimises and nothing else; a finished task is `medley.experts.BlockExperts`, made
-from this by `trainer/export.py`. At evaluation (no noise, no dropout) it computes what
-`kernels.expert_mixing` computes.
+from this by `trainer/export.py`. The experts run through the op that serves them, `mix` of
+`kernels.expert_mixing`, which has gradients.
 
 Legend: B rows (images or prompts), L tokens, D width, E experts, R bottleneck, K chosen experts.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.expert_mixing import mix
 from medley.experts import BlockExperts
 
 __all__ = ["BlockMixture", "ExpertConfig", "NoisyRouter", "TowerMixture", "balance_loss"]
@@ -107,8 +108,7 @@ class BlockMixture(nn.Module):
         Args:
             x_BLD: the residual stream after attention, not layer-normed.
             one_route: all rows have the same token 0, so they share one choice of experts (and in
-                training one draw of noise); the chosen ones are then a single wider expert for all
-                rows, two products in place of 2 B.
+                training one draw of noise) and are mixed as if they were one long row.
 
         Returns:
             what to add to the block's output, (B, L, D) in x's dtype, and the balance loss.
@@ -117,17 +117,17 @@ class BlockMixture(nn.Module):
         expert_BK, gates_BK, balance = self.router(tokens_BD)
         if self.training:
             self.counts_E += torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
-        down_BHD = self._of("down_ERD", expert_BK).flatten(1, 2)
-        up_BHD = self._of("up_ERD", expert_BK).flatten(1, 2)
-        down_bias_BH = self._of("down_bias_ER", expert_BK).flatten(1)
-        up_bias_BD = (gates_BK[:, :, None] * self._of("up_bias_ED", expert_BK)).sum(1)
-        gates_BH = gates_BK.repeat_interleave(self.config.bottleneck, dim=1)
-        hidden_BLH = _product(x_BLD, down_BHD.mT) + down_bias_BH[:, None]
-        if self.config.relu:
-            hidden_BLH = F.relu(hidden_BLH)
-        hidden_BLH = F.dropout(hidden_BLH, self.config.dropout, self.training)
-        y_BLD = _product(hidden_BLH * gates_BH[:, None], up_BHD) + up_bias_BD[:, None]
-        return (self.config.scale * y_BLD).to(x_BLD.dtype), balance
+        rows_BLD = _autocast(x_BLD.flatten(0, 1)[None] if one_route else x_BLD)
+        y_BLD = mix(
+            rows_BLD,
+            expert_BK,
+            self.config.scale * gates_BK,
+            torch.stack([self._all("down_ERD"), self._all("up_ERD")], 1).to(rows_BLD.dtype),
+            torch.cat([self._all("down_bias_ER"), self._all("up_bias_ED")], 1),
+            relu=self.config.relu,
+            keep_BLH=self._dropout(rows_BLD, expert_BK.shape[1]),
+        )
+        return y_BLD.view_as(x_BLD).to(x_BLD.dtype), balance
 
     def gates(self, x_BLD: Tensor) -> Tensor:
         """Return every row's gates over all experts, (B, E): how much each is used."""
@@ -135,14 +135,12 @@ class BlockMixture(nn.Module):
         all_BE = gates_BK.new_zeros(len(x_BLD), self.router.gate_DE.shape[1])
         return all_BE.scatter(1, expert_BK, gates_BK)
 
-    def _of(self, name: str, expert_BK: Tensor) -> Tensor:
-        """A parameter of every row's experts, (B, K, ...).
-
-        By index_select, whose gradient adds up in one order. That of plain indexing does not where
-        there are several threads, and equal seeds would give other bits each time.
-        """
-        chosen = self._all(name).index_select(0, expert_BK.flatten())
-        return chosen.unflatten(0, expert_BK.shape)
+    def _dropout(self, x_BLD: Tensor, top_k: int) -> Tensor | None:
+        """Draw what each hidden unit of each token is multiplied by: 0, or 1 / (1 - dropout)."""
+        if not (self.training and self.config.dropout):
+            return None
+        ones_BLH = x_BLD.new_ones(*x_BLD.shape[:2], top_k * self.config.bottleneck)
+        return F.dropout(ones_BLH, self.config.dropout)
 
     def _all(self, name: str) -> Tensor:
         return torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name)])
@@ -198,6 +196,7 @@ def _squared_variation(values_E: Tensor) -> Tensor:
     return values_E.var() / (values_E.mean() ** 2 + 1e-10)
 
 
-def _product(x_BLD: Tensor, weights_BDH: Tensor) -> Tensor:
-    """Multiply each row by its own matrix, or all rows by the only one."""
-    return x_BLD @ weights_BDH[0] if len(weights_BDH) == 1 else torch.bmm(x_BLD, weights_BDH)
+def _autocast(x: Tensor) -> Tensor:
+    """Go over to the dtype of autocast where it is on; autocast does not look into the op."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

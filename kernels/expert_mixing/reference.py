@@ -94,8 +94,8 @@ def mix(
     Source: MoE-Adapters, arXiv:2403.11549, the branch parallel to the MLP.
     """
     bottleneck = weights_S2RD.shape[2]
-    down_BKRD, up_BKRD = weights_S2RD[slots_BK].unbind(2)
-    down_bias_BKR, up_bias_BKD = biases_SF[slots_BK].split(
+    down_BKRD, up_BKRD = _chosen(weights_S2RD, slots_BK).unbind(2)
+    down_bias_BKR, up_bias_BKD = _chosen(biases_SF, slots_BK).split(
         [bottleneck, biases_SF.shape[1] - bottleneck], dim=-1
     )
     # The k experts side by side are one expert of K*R hidden units: two products a row for any k.
@@ -188,3 +188,12 @@ def expert_mixing_norm(
     r_BLD = x_BLD + (y_BLD + out_bias_D.to(x_BLD.dtype))
     weight_D, bias_D = norm_weight_D.to(x_BLD.dtype), norm_bias_D.to(x_BLD.dtype)
     return r_BLD, F.layer_norm(x_BLD, x_BLD.shape[-1:], weight_D, bias_D, eps)
+
+
+def _chosen(pool: Tensor, slots_BK: Tensor) -> Tensor:
+    """Each row's experts, (B, K, ...).
+
+    By index_select, whose gradient adds up in one order. That of plain indexing does not where
+    there are several threads, and equal seeds would give other bits each time.
+    """
+    return pool.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
