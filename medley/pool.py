@@ -32,7 +32,7 @@ class Capacity:
     slots: int = 128  # experts in each block of each tower
     experts: int = 32  # experts one path may name in a block
     bottleneck: int = 64
-    max_top_k: int = 4
+    max_top_k: int = 2
 
 
 @dataclass
@@ -137,6 +137,11 @@ class ExpertPool:
         return gates_BE.scatter_add_(1, expert_BK, gates_BK) * active_B[:, None]
 
     @property
+    def paths(self) -> frozenset[int]:
+        """The paths that are loaded."""
+        return frozenset(self._held)
+
+    @property
     def free_slots(self) -> int:
         """Free slots of the fullest block."""
         return min((len(block.free) for block in self._blocks), default=0)
@@ -146,7 +151,7 @@ class ExpertPool:
     ) -> None:
         capacity = self.capacity
         if top_k > capacity.max_top_k:
-            raise CapacityError(f"top_k {top_k} is larger than {capacity.max_top_k}")
+            raise CapacityError(f"top_k {top_k} is larger than max_top_k {capacity.max_top_k}")
         for block, block_experts in experts.items():
             rank = block_experts.down_ERD.shape[1]
             if rank > capacity.bottleneck:

@@ -69,6 +69,11 @@ class RoutedModel:
         self._free_paths = list(reversed(range(self.capacity.paths)))
         self._text_paths: set[int] = set()
 
+    @property
+    def paths(self) -> frozenset[int]:
+        """The paths that are loaded."""
+        return self._vision.paths
+
     def load(self, experts: TaskExperts) -> int:
         """Load a task version into free slots.
 

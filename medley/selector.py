@@ -4,13 +4,14 @@ A task's selector adds up the scores of its levels (`medley/levels.py`) and comp
 threshold, and with the score of a reference if it has one; the bank does so for all live tasks at
 once. Fitting and calibration are in `trainer/ddas.py`; features come from `RoutedModel.frozen`.
 
-Legend: B images, T tasks, R references, G levels of a group, F feature width, N calibration images.
+Legend: B images, P paths that there may be, T tasks, R references, G levels of a group, F feature
+width, N calibration images.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,12 +23,15 @@ from medley.levels import Level, Scored
 from medley.routed import ZERO_SHOT
 
 __all__ = [
+    "DECIDE",
     "STRICTLY_LESS",
     "SelectorBank",
     "TaskSelector",
     "conformal_threshold",
     "fixed_threshold",
 ]
+
+DECIDE = -2  # in place of a path: whatever the selectors say
 
 # The margin of an image that must score strictly less than under the reference: no two different
 # scores lie so close.
@@ -97,6 +101,7 @@ class SelectorBank:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self._device = torch.device(device)
         self._selectors: dict[int, TaskSelector] = {}
+        self.changes = 0  # how often a task has come or gone; what was captured before is stale
         self._stack()
 
     @property
@@ -165,7 +170,25 @@ class SelectorBank:
             return torch.full((len(eligible_BT),), ZERO_SHOT, device=self._device)
         claimed_BT = accepted_BT & eligible_BT
         best_B = scores_BT.masked_fill(~claimed_BT, torch.inf).argmin(1)
-        return torch.where(claimed_BT.any(1), self._paths_T[best_B], ZERO_SHOT)
+        return torch.where(claimed_BT.any(1), self.paths_T[best_B], ZERO_SHOT)
+
+    def route(
+        self, taps: Mapping[str, Tensor], told_B: Tensor, eligible_BP: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score a batch and settle each image's path; nothing is read back to the host.
+
+        Args:
+            taps: frozen features (B, F) by name; at least `self.taps`.
+            told_B: int64, a path or ZERO_SHOT, which stands, or DECIDE.
+            eligible_BP: bool, which paths an image may be given; P is beyond every task's path.
+
+        Returns:
+            paths_B int64, and scores_BT and accepted_BT as `scores` gives them.
+        """
+        scores_BT, accepted_BT = self.scores(taps, len(told_B))
+        eligible_BT = eligible_BP.index_select(1, self.paths_T)
+        chosen_B = self.decide(scores_BT, accepted_BT, eligible_BT)
+        return torch.where(told_B == DECIDE, chosen_B, told_B), scores_BT, accepted_BT
 
     def _shared(self, selector: TaskSelector) -> TaskSelector:
         """Let it use a reference that is here already: tasks of one base bring the same one."""
@@ -181,11 +204,15 @@ class SelectorBank:
         column = {reference: len(selectors) + r for r, reference in enumerate(own)}
         levels += [(x, level) for reference, x in column.items() for level in reference]
         alike: dict[tuple[str | int, ...], list[tuple[int, Level]]] = defaultdict(list)
+        seen: Counter[tuple[str | int, ...]] = Counter()
         for x, level in levels:
-            alike[level.group].append((x, level))
+            # A column once in a group: a device adds up what meets there in any order.
+            seen[x, *level.group] += 1
+            alike[*level.group, seen[x, *level.group]].append((x, level))
         # Sorted, so that the levels of a task are added up in one order whoever else is there.
         self._groups = [_Group.stack(alike[key], self._device) for key in sorted(alike)]
         self._num_references = len(column)
+        self.changes += 1
         self._reference_T = self._tensor(
             [column.get(selector.reference, t) for t, selector in enumerate(selectors)],
             torch.int64,
@@ -194,7 +221,7 @@ class SelectorBank:
         self._margins_T = self._tensor(
             [math.inf if s.margin is None else s.margin for s in selectors]
         )
-        self._paths_T = self._tensor(self.tasks, torch.int64)
+        self.paths_T = self._tensor(self.tasks, torch.int64)
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)

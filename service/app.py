@@ -144,22 +144,17 @@ def _classifier(
         bottleneck=settings.max_bottleneck,
         max_top_k=settings.max_top_k,
     )
-    model = RoutedModel(
-        backbone,
-        first_expert_block=settings.first_expert_block,
-        capacity=capacity,
-        extractors=extractors,
-    )
-    return Classifier(model, bucket=settings.bucket)
+    model = RoutedModel(backbone, capacity=capacity, extractors=extractors)
+    return Classifier(model, buckets=settings.buckets)
 
 
 def _engine(settings: Settings, metrics: Metrics, classifier: Classifier) -> Engine:
     height, width = classifier.model.backbone.image_size
     return Engine(
-        classifier.route,
+        classifier.launch,
         blank_CHW=torch.zeros(3, height, width, dtype=torch.uint8),
         metrics=metrics,
-        max_batch=settings.bucket,
+        max_batch=classifier.max_batch,
         max_wait_s=settings.max_wait_s,
         queue_limit=settings.queue_limit,
         heartbeat_s=settings.heartbeat_s,

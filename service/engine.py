@@ -3,6 +3,9 @@
 Nothing else may touch the model while the thread runs. An image waits until a batch is full or
 the oldest image has waited `max_wait_s`. A job (load, unload, encode texts) runs between two
 batches, in the order in which jobs came, one per round, so that neither starves the other.
+
+Where a device computes by itself one batch is in flight: the next is launched before the answers of
+the one before are waited for. Where a launched batch is there at once, as on a CPU, none is.
 """
 
 from __future__ import annotations
@@ -13,29 +16,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from medley.classifier import Ask, Routed
+from medley.classifier import Ask, Launched, Routed
 from medley.errors import MedleyError
 from medley.routed import ZERO_SHOT
 from service.errors import EngineError, QueueFullError, UnavailableError
 from service.metrics import Metrics
 
-__all__ = ["Answer", "Engine", "Route"]
+__all__ = ["Answer", "Engine", "Launch"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Route(Protocol):
-    """What a batch goes through; `Classifier.route` is the one."""
+class Launch(Protocol):
+    """What a batch goes through; `Classifier.launch` is the one."""
 
-    def __call__(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
-        """Decide and encode a batch of uint8 pixels."""
+    def __call__(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Launched:
+        """Start to decide and encode a batch of uint8 pixels."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Answer:
     scores: dict[int, float]  # DDAS score by path
     accepted: dict[int, bool]
     queue_s: float
-    forward_s: float
+    forward_s: float  # from its launch until its answers were there
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,15 @@ class _Item:
     ask: Ask
     submitted_s: float
     future: Future[Answer] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch that has been launched, and who waits for it; nobody for a heartbeat's."""
+
+    items: Sequence[_Item]
+    launched: Launched
+    start_s: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Engine:
 
     def __init__(
         self,
-        route: Route,
+        launch: Launch,
         *,
         blank_CHW: Tensor,
         metrics: Metrics,
@@ -79,7 +91,7 @@ class Engine:
         heartbeat_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._route = route
+        self._launch_model = launch
         self._blank_CHW = blank_CHW
         self._metrics = metrics
         self._max_batch = max_batch
@@ -90,6 +102,7 @@ class Engine:
         self._changed = threading.Condition()
         self._items: deque[_Item] = deque()
         self._jobs: deque[_Job] = deque()
+        self._flight: _Flight | None = None  # the engine's thread's own
         self._stopping = False
         self._last_success_s: float | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -179,20 +192,24 @@ class Engine:
                 while wait_s > 0:
                     self._changed.wait(wait_s)
                     wait_s = self._wait_s()
-                if self._stopping and not self._items and not self._jobs:
-                    return
+                ended = self._stopping and not self._items and not self._jobs
                 job = self._jobs.popleft() if self._jobs else None
                 batch = self._take_batch() if self._batch_wait_s() <= 0 else []
             if job is not None:
+                self._settle()
                 self._do(job)
             if batch:
-                self._answer(batch)
+                self._launch(batch)
+            elif self._flight is not None:
+                self._settle()
+            elif ended:
+                return
             elif job is None:
                 self._beat()
 
     def _wait_s(self) -> float:
         """How long there is nothing to do: until a batch is due, or else a heartbeat."""
-        if self._jobs or self._stopping:
+        if self._jobs or self._stopping or self._flight is not None:
             return 0.0
         if self._items:
             return self._batch_wait_s()
@@ -214,33 +231,57 @@ class Engine:
                 batch.append(item)
         return batch
 
-    def _answer(self, batch: list[_Item]) -> None:
-        start_s = self._clock()
-        routed = self._forward([i.pixels_CHW for i in batch], [i.ask for i in batch])
-        if isinstance(routed, EngineError):
-            for item in batch:
-                item.future.set_exception(routed)
-            return
-        forward_s = self._clock() - start_s
-        self._observe(batch, routed, start_s, forward_s)
-        for row, item in enumerate(batch):
-            item.future.set_result(_answer_of(routed, row, start_s - item.submitted_s, forward_s))
+    def _launch(self, batch: Sequence[_Item]) -> None:
+        """Launch a batch, then settle the one before, and this one too if it is there at once."""
+        flight = self._launched(batch, [i.pixels_CHW for i in batch], [i.ask for i in batch])
+        self._settle()
+        self._flight = flight
+        if flight is not None and flight.launched.ready:
+            self._settle()
 
-    def _forward(self, pixels: list[Tensor], asks: list[Ask]) -> Routed | EngineError:
+    def _launched(
+        self, items: Sequence[_Item], pixels: list[Tensor], asks: list[Ask]
+    ) -> _Flight | None:
+        start_s = self._clock()
         try:
-            routed = _on_host(self._route(torch.stack(pixels), asks))
+            return _Flight(items, self._launch_model(torch.stack(pixels), asks), start_s)
         except Exception as error:  # outermost loop of a worker: the batch fails, the thread lives
-            self._metrics.batch_failures.inc()
-            log.exception("a batch of %d images failed", len(asks))
-            failure = EngineError("the batch failed")
-            failure.__cause__ = error
-            return failure
+            self._fail(items, error)
+            return None
+
+    def _settle(self) -> bool:
+        """Wait for the batch in flight, if there is one, and answer it; whether it succeeded."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return False
+        try:
+            routed = flight.launched.wait()
+        except Exception as error:  # outermost loop of a worker: the batch fails, the thread lives
+            self._fail(flight.items, error)
+            return False
         self._last_success_s = self._clock()
-        return routed
+        self._answer(flight, routed, self._last_success_s - flight.start_s)
+        return True
+
+    def _answer(self, flight: _Flight, routed: Routed, forward_s: float) -> None:
+        if flight.items:
+            self._observe(flight, routed, forward_s)
+        for row, item in enumerate(flight.items):
+            queue_s = flight.start_s - item.submitted_s
+            item.future.set_result(_answer_of(routed, row, queue_s, forward_s))
+
+    def _fail(self, items: Sequence[_Item], error: Exception) -> None:
+        self._metrics.batch_failures.inc()
+        log.error("a batch of %d images failed", len(items), exc_info=error)
+        failure = EngineError("the batch failed")
+        failure.__cause__ = error
+        for item in items:
+            item.future.set_exception(failure)
 
     def _beat(self) -> None:
         """Prove the engine with a blank image; wait for the next turn if it fails."""
-        if isinstance(self._forward([self._blank_CHW], [Ask(ZERO_SHOT)]), EngineError):
+        self._flight = self._launched([], [self._blank_CHW], [Ask(ZERO_SHOT)])
+        if not self._settle():
             with self._changed:
                 self._changed.wait_for(
                     lambda: bool(self._jobs or self._items or self._stopping), self._heartbeat_s
@@ -260,24 +301,14 @@ class Engine:
         else:
             job.future.set_result(result)
 
-    def _observe(
-        self, batch: list[_Item], routed: Routed, start_s: float, forward_s: float
-    ) -> None:
-        self._metrics.batch_images.observe(len(batch))
+    def _observe(self, flight: _Flight, routed: Routed, forward_s: float) -> None:
+        self._metrics.batch_images.observe(len(flight.items))
         self._metrics.batch_distinct_tasks.observe(len(set(routed.paths)))
         self._metrics.stage_duration_s.labels("forward").observe(forward_s)
-        for item in batch:
-            self._metrics.stage_duration_s.labels("queue").observe(start_s - item.submitted_s)
-
-
-def _on_host(routed: Routed) -> Routed:
-    """Wait for the device here, where a failure of it is caught."""
-    return replace(
-        routed,
-        features_BE=routed.features_BE.cpu(),
-        scores_BT=routed.scores_BT.cpu(),
-        accepted_BT=routed.accepted_BT.cpu(),
-    )
+        for item in flight.items:
+            self._metrics.stage_duration_s.labels("queue").observe(
+                flight.start_s - item.submitted_s
+            )
 
 
 def _answer_of(routed: Routed, row: int, queue_s: float, forward_s: float) -> Answer:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from medley.classifier import check_buckets
 
 __all__ = ["Settings"]
 
 MIB = 1024 * 1024
+
+
+def _numbers(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -45,22 +52,19 @@ class Settings(BaseSettings):
     threads: int = Field(
         default=0, ge=0, description="Torch threads on a CPU; 0 leaves torch's choice"
     )
-    first_expert_block: int = Field(
-        default=0, ge=0, description="Blocks before this one are shared by all paths"
-    )
     paths: int = Field(default=64, ge=1, description="Task versions that may be on the device")
     slots: int = Field(default=128, ge=1, description="Expert slots per block and tower")
     max_experts: int = Field(default=32, ge=1, description="Experts of one task in one block")
     max_bottleneck: int = Field(default=64, ge=1, description="Widest expert bottleneck")
     max_top_k: int = Field(
-        default=4, ge=1, description="Most experts that one image may take in a block"
+        default=2, ge=1, description="Most experts that one image may take in a block"
     )
 
-    bucket: int = Field(
-        default=1, ge=1, description="Images per forward, a power of two; all forwards have it"
+    buckets: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_numbers)] = Field(
+        default=(1,), description="Images per forward: ascending powers of two, with commas"
     )
     max_wait_ms: float = Field(
-        default=5.0, ge=0, description="Longest wait for a bucket to fill, in ms"
+        default=5.0, ge=0, description="Longest wait for the largest bucket to fill, in ms"
     )
     queue_limit: int = Field(
         default=512, ge=1, description="Images that may wait; more are answered 429"
@@ -92,8 +96,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Settings:
-        if self.bucket & (self.bucket - 1):
-            raise ValueError(f"bucket {self.bucket} is not a power of two")
+        check_buckets(self.buckets)
+        if self.max_top_k > self.max_experts:
+            raise ValueError(f"max_top_k {self.max_top_k} > max_experts {self.max_experts}")
         if self.queue_limit < self.max_images:
             raise ValueError(f"queue_limit {self.queue_limit} < max_images {self.max_images}")
         return self

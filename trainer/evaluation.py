@@ -114,7 +114,7 @@ def served(
         capacity=capacity_for([bundle.task_experts() for bundle in bundles]),
         extractors=extractors,
     )
-    classifier = Classifier(model, bucket=bucket)
+    classifier = Classifier(model, buckets=(bucket,))
     return classifier, {b.manifest.task: admit(b, classifier) for b in bundles}
 
 

@@ -205,7 +205,7 @@ def export(
         DataError: no bundle can hold what these settings train.
     """
     require_exportable(backbone, settings)
-    classifier = Classifier(_routed(backbone, experts, settings), bucket=BUCKET)
+    classifier = Classifier(_routed(backbone, experts, settings), buckets=(BUCKET,))
     model = classifier.model
     route = model.load(experts)
     class_text_CE = class_text_features(model, train.class_names, train.templates, route)

@@ -71,7 +71,7 @@ class FrozenStore:
             DataError: the folder cannot be written.
         """
         model = self._classifier.model
-        key = (model.backbone.fingerprint, model.first_expert_block, self._classifier.bucket)
+        key = (model.backbone.fingerprint, model.first_expert_block, self._classifier.max_batch)
         names = " ".join([*map(str, key), images.digest, *self._taps])
         home = self._folder / hashlib.sha256(names.encode()).hexdigest()[:24]
         if home.exists():
@@ -139,8 +139,8 @@ def frozen_buckets(
     Yields:
         a whole bucket, and how many of its rows are images and not padding.
     """
-    for start in range(0, len(images), classifier.bucket):
-        rows = range(start, min(start + classifier.bucket, len(images)))
+    for start in range(0, len(images), classifier.max_batch):
+        rows = range(start, min(start + classifier.max_batch, len(images)))
         kept = [images.items[row][0] for row in rows]
         yield (
             _read(classifier, kept, taps, hidden)
@@ -177,7 +177,7 @@ def _read(
     device = classifier.model.backbone.device
 
     def bucket(rows: list[Tensor]) -> Tensor:
-        padding = [torch.zeros_like(rows[0])] * (classifier.bucket - len(rows))
+        padding = [torch.zeros_like(rows[0])] * (classifier.max_batch - len(rows))
         return torch.stack([*rows, *padding]).to(device)
 
     return Frozen(
@@ -193,5 +193,5 @@ def _fits(classifier: Classifier, part: KeptPart) -> bool:
     return (part.fingerprint, part.first_block, part.bucket) == (
         model.backbone.fingerprint,
         model.first_expert_block,
-        classifier.bucket,
+        classifier.max_batch,
     )

@@ -91,7 +91,7 @@ def test_a_retired_bundle_leaves_no_trace(backbone: Backbone) -> None:
 def test_answers_do_not_depend_on_the_batch_a_request_came_in(
     backbone: Backbone, bucket: int
 ) -> None:
-    classifier = fresh(backbone, bucket=bucket)
+    classifier = fresh(backbone, buckets=(bucket,))
     path = admit(learnt_bundle(backbone), classifier)
     asks = [Ask(path), Ask(ZERO_SHOT), Ask(), Ask(path), Ask()] * 2
     together = classifier.route(pixels(10), asks)

@@ -358,7 +358,7 @@ def test_the_scores_of_a_bundle_of_format_1_are_the_old_formulas_bit_for_bit() -
 
 
 def test_a_bundle_of_format_1_is_admitted_and_answers_as_it_did() -> None:
-    classifier = Classifier(RoutedModel(tiny_backbone(), first_expert_block=1), bucket=4)
+    classifier = Classifier(RoutedModel(tiny_backbone(), first_expert_block=1), buckets=(4,))
     assert admit(read_bundle(OLD), classifier) in classifier.selectors.tasks
 
 

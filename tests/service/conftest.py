@@ -89,7 +89,7 @@ def open_app(tmp_path: Path, backbone: Backbone) -> OpenApp:
     @contextmanager
     def opened(**fields: object) -> Iterator[httpx.Client]:
         settings = Settings.model_validate(
-            {"store": tmp_path / "store", "bucket": 4, "_env_file": None} | fields
+            {"store": tmp_path / "store", "buckets": (4,), "_env_file": None} | fields
         )
         with TestClient(create_app(settings, backbone=backbone)) as client:
             yield cast(httpx.Client, client)  # it is one of httpx2, the same to its users

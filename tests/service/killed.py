@@ -34,7 +34,7 @@ async def register_both(
         if step == deadly and steps.count(step) == len(bundles):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    app = create_app(Settings(store=store, bucket=4), backbone=backbone, on_step=on_step)
+    app = create_app(Settings(store=store, buckets=(4,)), backbone=backbone, on_step=on_step)
     async with app.router.lifespan_context(app):
         for version, bundle in enumerate(bundles, 1):
             tasks = app.state.service.tasks

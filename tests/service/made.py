@@ -40,7 +40,7 @@ def make_bundle(
     Without a threshold the task accepts every image. `self_test_error` is added to the answers that
     it promises; `feature` is written as what its selector looks at. Both make it a bad bundle.
     """
-    classifier = Classifier(RoutedModel(backbone or tiny_backbone()), bucket=4)
+    classifier = Classifier(RoutedModel(backbone or tiny_backbone()), buckets=(4,))
     experts = random_experts(seed)
     random = torch.Generator().manual_seed(seed)
     selector = fakes.random_selector({"stem:mean_std": 2 * VISION_WIDTH}, random=random)

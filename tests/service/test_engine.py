@@ -1,53 +1,47 @@
 """The engine's thread, with plain functions as its model: batches, jobs, failures, the end."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
-from medley.classifier import Ask, Routed
-from service.engine import Engine
+from medley.classifier import Ask
+from service.engine import Answer, Engine
 from service.errors import EngineError, QueueFullError, UnavailableError
 from service.metrics import Metrics
+from tests.service.models import BAD, DeadModel, DeviceModel, HostModel
 
 BLANK = torch.zeros(3, 2, 2, dtype=torch.uint8)
 LONG_S = 3600.0
 
 
-class Route:
-    """Answers each image with its first pixel; keeps the size of every batch that is not a beat."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Semaphore(0)
-
-    def __call__(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
-        values = pixels_BCHW[:, 0, 0, 0].tolist()
-        if values != [0]:
-            self.batches.append(values)
-            self.entered.release()
-            self.gate.wait()
-            if 66 in values:
-                raise RuntimeError("a bad batch")
-        empty = torch.zeros(len(asks), 0)
-        return Routed(pixels_BCHW[:, 0, 0].float(), [-1] * len(asks), [], empty, empty.bool())
-
-
 @contextmanager
-def running(route: Route, **options: float) -> Iterator[Engine]:
-    values = {"max_batch": 4, "max_wait_s": 0.0, "queue_limit": 8, "heartbeat_s": LONG_S}
-    engine = Engine(route, blank_CHW=BLANK, metrics=Metrics(), **(values | options))  # type: ignore[arg-type]
+def running(
+    model: HostModel | DeviceModel | DeadModel,
+    *,
+    max_batch: int = 4,
+    max_wait_s: float = 0.0,
+    queue_limit: int = 8,
+    heartbeat_s: float = LONG_S,
+) -> Iterator[Engine]:
+    engine = Engine(
+        model.launch,
+        blank_CHW=BLANK,
+        metrics=Metrics(),
+        max_batch=max_batch,
+        max_wait_s=max_wait_s,
+        queue_limit=queue_limit,
+        heartbeat_s=heartbeat_s,
+    )
     engine.start()
     try:
         yield engine
     finally:
-        route.gate.set()
+        model.let_go()
         engine.stop()
 
 
@@ -55,54 +49,57 @@ def image(value: int) -> Tensor:
     return torch.full((3, 2, 2), value, dtype=torch.uint8)
 
 
-def hold(route: Route, engine: Engine) -> Callable[[], None]:
-    """Let one image into the route and keep it there; returns how to let go."""
-    route.gate.clear()
-    engine.submit([image(99)], Ask())
-    route.entered.acquire()
-    return route.gate.set
+def hold(model: HostModel, engine: Engine, *values: int) -> Callable[[], None]:
+    """Let one batch into the model and keep it there; returns how to let go."""
+    model.gate.clear()
+    engine.submit([image(value) for value in values or (99,)], Ask())
+    model.entered.acquire()
+    return model.let_go
+
+
+def firsts(futures: list[Future[Answer]]) -> list[float]:
+    """The first feature of each answer, once it is there."""
+    return [future.result(10).features_E[0].item() for future in futures]
 
 
 def test_each_image_gets_its_own_answer() -> None:
-    route = Route()
-    with running(route) as engine:
+    with running(HostModel()) as engine:
         futures = engine.submit([image(v) for v in range(1, 8)], Ask())
-        answers = [future.result(10) for future in futures]
 
-    assert [answer.features_E[0].item() for answer in answers] == list(range(1, 8))
+        assert firsts(futures) == list(range(1, 8))
 
 
 def test_a_batch_closes_when_it_is_full() -> None:
-    route = Route()
-    with running(route, max_wait_s=LONG_S) as engine:
+    model = HostModel()
+    with running(model, max_wait_s=LONG_S) as engine:
         futures = engine.submit([image(v) for v in (1, 2, 3, 4)], Ask())
         assert len([future.result(10) for future in futures]) == 4
 
-    assert route.batches == [[1, 2, 3, 4]]
+    assert model.batches == [[1, 2, 3, 4]]
 
 
 def test_a_batch_closes_when_the_oldest_has_waited_enough() -> None:
-    route = Route()
-    with running(route, max_wait_s=0.001) as engine:
+    model = HostModel()
+    with running(model, max_wait_s=0.001) as engine:
         (future,) = engine.submit([image(1)], Ask())
         assert future.result(10).queue_s >= 0.001
 
 
 def test_what_waits_goes_together_whoever_asked() -> None:
-    route = Route()
-    with running(route) as engine:
-        let_go = hold(route, engine)
+    model = HostModel()
+    with running(model) as engine:
+        let_go = hold(model, engine)
         futures = [engine.submit([image(v)], Ask(path=v))[0] for v in (1, 2, 3)]
         let_go()
         assert all(future.result(10) for future in futures)
 
-    assert route.batches == [[99], [1, 2, 3]]
+    assert model.batches == [[99], [1, 2, 3]]
 
 
 def test_a_full_queue_takes_all_images_of_a_request_or_none() -> None:
-    route = Route()
-    with running(route, queue_limit=3) as engine:
-        let_go = hold(route, engine)
+    model = HostModel()
+    with running(model, queue_limit=3) as engine:
+        let_go = hold(model, engine)
         kept = engine.submit([image(1), image(2)], Ask())
         with pytest.raises(QueueFullError):
             engine.submit([image(3), image(4)], Ask())
@@ -110,13 +107,13 @@ def test_a_full_queue_takes_all_images_of_a_request_or_none() -> None:
         let_go()
         assert all(future.result(10) for future in kept)
 
-    assert route.batches == [[99], [1, 2, 5]]
+    assert model.batches == [[99], [1, 2, 5]]
 
 
 def test_a_failing_batch_fails_alone_and_the_thread_lives() -> None:
-    route = Route()
-    with running(route) as engine:
-        (bad,) = engine.submit([image(66)], Ask())
+    model = HostModel()
+    with running(model) as engine:
+        (bad,) = engine.submit([image(BAD)], Ask())
         with pytest.raises(EngineError):
             bad.result(10)
         (good,) = engine.submit([image(1)], Ask())
@@ -126,9 +123,9 @@ def test_a_failing_batch_fails_alone_and_the_thread_lives() -> None:
 
 
 def test_an_image_whose_client_has_gone_is_not_computed() -> None:
-    route = Route()
-    with running(route) as engine:
-        let_go = hold(route, engine)
+    model = HostModel()
+    with running(model) as engine:
+        let_go = hold(model, engine)
         (gone,) = engine.submit([image(1)], Ask())
         (kept,) = engine.submit([image(2)], Ask())
         gone.cancel()
@@ -137,14 +134,14 @@ def test_an_image_whose_client_has_gone_is_not_computed() -> None:
         with pytest.raises(CancelledError):
             gone.result(10)
 
-    assert route.batches == [[99], [2]]
+    assert model.batches == [[99], [2]]
 
 
 def test_jobs_and_batches_take_turns_in_order() -> None:
-    route, order = Route(), []
-    with running(route, max_batch=1) as engine:
-        let_go = hold(route, engine)
-        jobs = [engine.run(lambda n=n: order.append((n, len(route.batches)))) for n in range(3)]  # type: ignore[misc]
+    model, order = HostModel(), []
+    with running(model, max_batch=1) as engine:
+        let_go = hold(model, engine)
+        jobs = [engine.run(lambda n=n: order.append((n, len(model.batches)))) for n in range(3)]  # type: ignore[misc]
         futures = engine.submit([image(v) for v in (1, 2, 3)], Ask())
         let_go()
         for future in futures:
@@ -157,7 +154,7 @@ def test_jobs_and_batches_take_turns_in_order() -> None:
 
 
 def test_a_failing_job_tells_who_asked_and_the_thread_lives() -> None:
-    with running(Route()) as engine:
+    with running(HostModel()) as engine:
         with pytest.raises(ZeroDivisionError):
             engine.run(lambda: 1 / 0).result(10)
 
@@ -165,9 +162,9 @@ def test_a_failing_job_tells_who_asked_and_the_thread_lives() -> None:
 
 
 def test_everything_that_waits_is_answered_before_the_end() -> None:
-    route = Route()
-    with running(route, max_batch=2, max_wait_s=LONG_S) as engine:
-        let_go = hold_waiting(route, engine)
+    model = HostModel()
+    with running(model, max_batch=2, max_wait_s=LONG_S) as engine:
+        let_go = hold(model, engine, 98, 99)
         futures = engine.submit([image(v) for v in (1, 2, 3)], Ask())
         job = engine.run(lambda: 5)
         stopper = threading.Thread(target=engine.stop)
@@ -184,57 +181,106 @@ def test_everything_that_waits_is_answered_before_the_end() -> None:
             engine.run(lambda: 0)
 
 
-def hold_waiting(route: Route, engine: Engine) -> Callable[[], None]:
-    """As `hold`, for an engine that waits for full batches of two."""
-    route.gate.clear()
-    engine.submit([image(98), image(99)], Ask())
-    route.entered.acquire()
-    return route.gate.set
-
-
-def test_an_idle_engine_proves_itself() -> None:
-    beats = threading.Semaphore(0)
-
-    def route(pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
-        beats.release()
-        empty = torch.zeros(1, 0)
-        return Routed(torch.zeros(1, 2), [-1], [], empty, empty.bool())
-
-    engine = Engine(
-        route,
-        blank_CHW=BLANK,
-        metrics=Metrics(),
-        max_batch=1,
-        max_wait_s=0,
-        queue_limit=1,
-        heartbeat_s=0.01,
-    )
-    assert engine.last_success_age_s() == float("inf")
-    engine.start()
-    for _ in range(3):
-        assert beats.acquire(timeout=10)
-    engine.stop()
+@pytest.mark.parametrize("device", [False, True])
+def test_an_idle_engine_proves_itself(device: bool) -> None:
+    model = DeviceModel() if device else HostModel()
+    with running(model, heartbeat_s=0.01) as engine:
+        for _ in range(3):
+            assert model.beats.acquire(timeout=10)
     assert engine.last_success_age_s() < 10
 
 
 def test_an_engine_that_cannot_compute_is_not_fresh() -> None:
-    tried = threading.Semaphore(0)
-
-    def route(pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
-        tried.release()
-        raise RuntimeError("no device")
-
-    engine = Engine(
-        route,
-        blank_CHW=BLANK,
-        metrics=Metrics(),
-        max_batch=1,
-        max_wait_s=0,
-        queue_limit=1,
-        heartbeat_s=0.01,
-    )
-    engine.start()
-    for _ in range(2):
-        assert tried.acquire(timeout=10)
-    engine.stop()
+    model = DeadModel()
+    with running(model, heartbeat_s=0.01) as engine:
+        for _ in range(2):
+            assert model.entered.acquire(timeout=10)
     assert engine.last_success_age_s() == float("inf")
+
+
+def fly(model: DeviceModel, engine: Engine, count: int) -> list[Future[Answer]]:
+    """Submit images 1..count, and see their first two batches in flight at once."""
+    futures = engine.submit([image(v) for v in range(1, count + 1)], Ask())
+    for _ in range(2):
+        assert model.launched.acquire(timeout=10)
+    return futures
+
+
+def test_the_next_batch_is_launched_before_the_one_before_is_there() -> None:
+    model = DeviceModel()
+    with running(model, max_batch=2) as engine:
+        futures = fly(model, engine, 4)
+        assert not any(future.done() for future in futures)
+        model.flights[1].finished.set()
+        model.flights[0].finished.set()
+
+        assert firsts(futures) == [1, 2, 3, 4]
+    assert model.batches == [[1, 2], [3, 4]]
+
+
+def test_a_batch_is_answered_while_the_next_one_is_in_flight() -> None:
+    model = DeviceModel()
+    with running(model, max_batch=2) as engine:
+        futures = fly(model, engine, 4)
+        model.flights[0].finished.set()
+
+        assert firsts(futures[:2]) == [1, 2]
+        assert not any(future.done() for future in futures[2:])
+
+
+def test_no_more_than_two_batches_are_ever_in_flight() -> None:
+    model = DeviceModel()
+    with running(model, max_batch=1) as engine:
+        futures = fly(model, engine, 4)
+        assert model.waiting.acquire(timeout=10)  # for the first
+        assert model.batches == [[1], [2]]
+        for place in range(4):
+            model.flights[place].finished.set()
+            futures[place].result(10)
+            assert len(model.flights) <= place + 3
+            if place < 2:
+                assert model.launched.acquire(timeout=10)
+
+        assert firsts(futures) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("fail_at_launch", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_batch_that_fails_in_flight_fails_alone(place: int, fail_at_launch: bool) -> None:
+    model = DeviceModel(fail_at_launch=fail_at_launch)
+    model.finish_all()
+    values = [BAD if n == place else n + 1 for n in range(3)]
+    with running(model, max_batch=1) as engine:
+        futures = engine.submit([image(value) for value in values], Ask())
+        with pytest.raises(EngineError):
+            futures.pop(place).result(10)
+
+        assert firsts(futures) == [value for value in values if value != BAD]
+        assert engine.alive
+
+
+def test_a_job_waits_for_the_batch_in_flight() -> None:
+    model = DeviceModel()
+    with running(model) as engine:
+        engine.submit([image(1)], Ask())
+        assert model.waiting.acquire(timeout=10)
+        futures = engine.submit([image(2)], Ask())
+        job = engine.run(lambda: len(model.batches))
+        assert not job.done()
+        model.finish_all()
+
+        assert job.result(10) == 1
+        assert firsts(futures) == [2]
+
+
+def test_batches_in_flight_are_answered_before_the_end() -> None:
+    model = DeviceModel()
+    with running(model, max_batch=2) as engine:
+        futures = fly(model, engine, 5)
+        stopper = threading.Thread(target=engine.stop)
+        stopper.start()
+        model.finish_all()
+        stopper.join()
+
+        assert [future.result(0).features_E[0].item() for future in futures] == [1, 2, 3, 4, 5]
+        assert not engine.alive

@@ -16,25 +16,42 @@ def test_the_documented_table_is_the_true_one() -> None:
     expected = []
     for name, field in Settings.model_fields.items():
         assert field.default is not PydanticUndefined
-        default = "" if field.default is None else f"`{field.default}`"
+        default = "" if field.default is None else f"`{_written(field.default)}`"
         expected.append(f"| `MEDLEY_{name.upper()}` | {default} | {field.description} |")
 
     assert rows == expected
+
+
+def _written(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDLEY_PORT", "9000")
     monkeypatch.setenv("MEDLEY_MAX_WAIT_MS", "2.5")
     monkeypatch.setenv("MEDLEY_ADMIN_KEY", "s3cret")
+    monkeypatch.setenv("MEDLEY_BUCKETS", "1,8,64")
     settings = Settings()
 
     assert (settings.port, settings.max_wait_s) == (9000, 0.0025)
     assert "s3cret" not in repr(settings)
+    assert settings.buckets == (1, 8, 64)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "x"), ("bucket", 0), ("bucket", 6), ("queue_limit", 1), ("surprise", 1)],
+    [
+        ("port", "x"),
+        ("buckets", "0"),
+        ("buckets", "1,6"),
+        ("buckets", "8,1"),
+        ("buckets", "1,1"),
+        ("buckets", ""),
+        ("buckets", "x"),
+        ("max_top_k", 33),
+        ("queue_limit", 1),
+        ("surprise", 1),
+    ],
 )
 def test_a_wrong_setting_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValidationError):

@@ -18,7 +18,7 @@ from tests.models import tiny_backbone
 
 def main() -> None:
     torch.set_num_threads(1)
-    settings = Settings(port=0, store=Path(sys.argv[1]), bucket=4)
+    settings = Settings(port=0, store=Path(sys.argv[1]), buckets=(4,))
     serve(create_app(settings, backbone=tiny_backbone()), settings, on_ready=announce)
 
 

@@ -72,7 +72,7 @@ def answers(classifier: Classifier, path: int, bundle: Bundle, images: ImageSet)
 
 
 def server(backbone: Backbone) -> Classifier:
-    return Classifier(RoutedModel(backbone, first_expert_block=1, capacity=CAPACITY), bucket=4)
+    return Classifier(RoutedModel(backbone, first_expert_block=1, capacity=CAPACITY), buckets=(4,))
 
 
 def test_the_first_task_answers_the_same_bits_after_five_were_learnt(
@@ -281,7 +281,7 @@ def test_every_kind_of_selector_comes_back_from_its_bundle_and_knows_its_images(
     bundle, images = learnt(backbone, tmp_path, 0, [], selector=selector, hold_out=0.4)
     read = read_bundle(tmp_path / f"{bundle.manifest.task}-1.safetensors")
     model = RoutedModel(backbone, first_expert_block=1, capacity=CAPACITY)
-    classifier = Classifier(model, bucket=4)
+    classifier = Classifier(model, buckets=(4,))
     path = admit(read, classifier)
     routed = classifier.route(pixels_of(backbone, images, range(8)), [Ask()] * 8)
     assert routed.paths.count(path) >= 6

@@ -34,7 +34,7 @@ def classifier_of(
     backbone: Backbone, *, first: int = FIRST_BLOCK, bucket: int = BUCKET
 ) -> Classifier:
     model = RoutedModel(backbone, first_expert_block=first, capacity=CAPACITY)
-    return Classifier(model, bucket=bucket)
+    return Classifier(model, buckets=(bucket,))
 
 
 @pytest.fixture

@@ -69,7 +69,9 @@ def measure(
         rivals: routers to compare with, by name.
     """
     order, tests = course.order, course.test
-    classifier, paths = served(learnt.bundles, course.backbone, bucket=course.classifier().bucket)
+    classifier, paths = served(
+        learnt.bundles, course.backbone, bucket=course.classifier().max_batch
+    )
     total = sum(map(len, tests.values()))
     counted = course.bars.counting("images along the paths they take", total)
     answers = Answers(classifier, paths, tests, on_images=counted)

@@ -87,7 +87,7 @@ class Answers:
         """
         places = [(task, row) for task, images in self.tests.items() for row in range(len(images))]
         order = np.random.default_rng(seed).permutation(len(places))[:count]
-        size, backbone = self._classifier.bucket, self._classifier.model.backbone
+        size, backbone = self._classifier.max_batch, self._classifier.model.backbone
         differ = 0
         for start in range(0, len(order), size):
             batch = [places[place] for place in order[start : start + size]]

@@ -127,7 +127,7 @@ class _Run:
         self.test_set = replace(test_set, templates=(plan.template,))
         first = plan.settings.first_image_block(backbone)
         model = RoutedModel(backbone, first_expert_block=first)
-        self.classifier = Classifier(model, bucket=BUCKET)
+        self.classifier = Classifier(model, buckets=(BUCKET,))
         self.identity = self._identity()
 
     def step(

@@ -165,7 +165,7 @@ def tap_names(backbone: Backbone) -> tuple[str, ...]:
 def empty_classifier(backbone: Backbone, settings: TrainSettings) -> Classifier:
     """A classifier without tasks, whose experts would begin where these settings say."""
     first = settings.first_image_block(backbone)
-    return Classifier(RoutedModel(backbone, first_expert_block=first), bucket=BUCKET)
+    return Classifier(RoutedModel(backbone, first_expert_block=first), buckets=(BUCKET,))
 
 
 def _limited(images: ImageSet, limit: int | None) -> ImageSet:

@@ -123,7 +123,10 @@ def score_tables(
     scores, accepted = {}, {}
     for task, images in tests.items():
         parts = [
-            [table[:count].cpu().numpy() for table in bank.scores(frozen.taps, classifier.bucket)]
+            [
+                table[:count].cpu().numpy()
+                for table in bank.scores(frozen.taps, classifier.max_batch)
+            ]
             for frozen, count in frozen_buckets(classifier, images, taps=bank.taps, hidden=False)
         ]
         scores[task] = np.concatenate([part[0] for part in parts])

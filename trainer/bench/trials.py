@@ -152,7 +152,7 @@ def _trained_accuracy(course: Course, learner: MoeAdapter, test: ImageSet) -> fl
 def _kept_accuracy(course: Course, kept: TaskExperts, test: ImageSet) -> float:
     first = course.settings.first_image_block(course.backbone)
     model = RoutedModel(course.backbone, first_expert_block=first, capacity=capacity_for([kept]))
-    classifier, route = Classifier(model, bucket=BUCKET), model.load(kept)
+    classifier, route = Classifier(model, buckets=(BUCKET,)), model.load(kept)
     text_CE = class_text_features(model, test.class_names, test.templates, route)
     parts = [
         classifier.follow(frozen, [Ask(route)] * count).features_BE

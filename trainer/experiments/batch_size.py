@@ -31,7 +31,7 @@ def main() -> None:
     pixels_BCHW = torch.randint(256, shape, dtype=torch.uint8)
     table = Table("bucket", "images/s, median", "slowest", "fastest", "ms for one image")
     for bucket in track(BUCKETS, description="batch sizes"):
-        classifier = Classifier(RoutedModel(backbone), bucket=bucket)
+        classifier = Classifier(RoutedModel(backbone), buckets=(bucket,))
         rates = sorted(_images_per_s(classifier, pixels_BCHW) for _ in range(REPEATS))
         median = statistics.median(rates)
         figures = (median, rates[0], rates[-1], 1000 * bucket / median)

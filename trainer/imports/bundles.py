@@ -123,7 +123,7 @@ def _write(
     folder: Path,
 ) -> Bundle:
     backbone, images = model.backbone, source.images.get(text.task)
-    classifier = Classifier(model, bucket=BUCKET)
+    classifier = Classifier(model, buckets=(BUCKET,))
     path = model.load(experts)
     try:
         class_text_CE = class_text_features(model, text.class_names, text.templates, path)

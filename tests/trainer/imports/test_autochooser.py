@@ -121,7 +121,7 @@ def test_every_image_goes_where_the_published_rule_sends_a_batch_of_one(
         for bundle in write_bundles(source, backbone, tmp_path, extractors=[extractor])
     ]
     model = RoutedModel(backbone, capacity=ROOM, extractors=[extractor])
-    classifier = Classifier(model, bucket=4)
+    classifier = Classifier(model, buckets=(4,))
     paths = {admit(read_bundle(file), classifier): task for task, file in enumerate(files)}
     ours = classifier.route(pixels, [Ask()] * len(pixels)).paths
     assert [-1 if path == ZERO_SHOT else paths[path] for path in ours] == expected

@@ -58,7 +58,7 @@ def folder(
 @pytest.fixture(scope="module")
 def served(folder: Path, backbone: Backbone) -> tuple[Classifier, dict[str, int]]:
     """Three of the bundles, each through its file, its seal and its self-test."""
-    classifier = Classifier(RoutedModel(backbone, capacity=ROOM), bucket=4)
+    classifier = Classifier(RoutedModel(backbone, capacity=ROOM), buckets=(4,))
     paths = {"zero_shot": ZERO_SHOT}
     for name in ("task5", "task0", "task1"):
         paths[name] = admit(read_bundle(folder / f"{name}-1.safetensors"), classifier)
