@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -65,10 +66,13 @@ class Backbone:
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
         """Turn uint8 pixels into the image tower's input, float32 (B, 3, H, W), on its device."""
         images = pixels_BCHW.to(self.device).to(torch.float32).div_(255)
-        shape = (1, 3, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape)
-        std = torch.tensor(self.std, device=images.device).view(shape)
+        mean, std = self._mean_and_std
         return images.sub_(mean).div_(std)
+
+    @cached_property
+    def _mean_and_std(self) -> Tensor:
+        """Both as (1, 3, 1, 1), on the device for good: a CUDA graph cannot fetch them anew."""
+        return torch.tensor([self.mean, self.std], device=self.device).view(2, 1, 3, 1, 1)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into token ids (N, context length), int64, on the backbone's device."""

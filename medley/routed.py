@@ -6,7 +6,8 @@ the residual stream of the blocks from `first_expert_block` on:
     x <- x + attention(ln_1(x));    x <- x + mlp(ln_2(x)) + mixing(x)
 
 Blocks before it are the same for every path and run once. A zero-shot row adds an exact zero and so
-stays what open_clip computes, bit for bit, at equal dtype and batch size.
+stays what the backbone computes without experts, bit for bit at equal batch size; with precision
+"exact" that is what open_clip computes.
 
 Legend: B rows, N prompts, L tokens, D width, E joint embedding width, F width of a tap.
 """
@@ -24,8 +25,10 @@ from medley.backbone import Backbone
 from medley.errors import BackboneError, CapacityError
 from medley.experts import TaskExperts
 from medley.extractor import Extractor
+from medley.fused import ImagePass, Mixing, exact_pass, fast_pass
 from medley.pool import Capacity, ExpertPool
-from medley.tower import Block
+from medley.precision import Precision, dtype_of
+from medley.routed_text import RoutedText
 
 __all__ = ["ZERO_SHOT", "Frozen", "RoutedModel"]
 
@@ -43,36 +46,57 @@ class Frozen:
 
 
 class RoutedModel:
-    """A backbone with slots for experts. Not thread-safe: one thread runs it and loads into it."""
+    """A backbone with slots for experts. Not thread-safe: one thread runs it and loads into it.
+
+    Args:
+        backbone: stays as it is; another precision than "exact" copies its image tower.
+        precision: how the image tower and its experts compute.
+        first_expert_block: no path may have image experts before it. None: the first block in which
+            a loaded path has any, so that the shared trunk is as deep as the tasks allow.
+        capacity: the slots.
+        extractors: networks whose features selectors may look at beside the backbone's own.
+    """
 
     def __init__(
         self,
         backbone: Backbone,
         *,
-        first_expert_block: int = 0,
+        precision: Precision = "exact",
+        first_expert_block: int | None = 0,
         capacity: Capacity | None = None,
         extractors: Sequence[Extractor] = (),
     ) -> None:
         blocks = len(backbone.image.blocks)
-        if not 0 <= first_expert_block <= blocks:
+        if first_expert_block is not None and not 0 <= first_expert_block <= blocks:
             raise BackboneError(
                 f"first_expert_block {first_expert_block} is not within 0..{blocks} "
                 f"of {backbone.name}"
             )
         self.backbone = backbone
-        self.first_expert_block = first_expert_block
+        self.precision = precision
         self.capacity = capacity or Capacity()
         self.extractors = {extractor.tap: extractor for extractor in extractors}
-        self._vision = self._pool(blocks, backbone.image.width)
+        self._image = _image_pass(backbone, precision)
+        self._vision = self._pool(blocks, backbone.image.width, dtype_of(precision))
         text = backbone.text
-        self._text = None if text is None else self._pool(len(text.blocks), text.width)
+        self._text: RoutedText | None = None
+        if text is not None:
+            self._text = RoutedText(text, self._pool(len(text.blocks), text.width))
         self._free_paths = list(reversed(range(self.capacity.paths)))
-        self._text_paths: set[int] = set()
+        self._fixed_first = first_expert_block
+        self._firsts: dict[int, int] = {}  # path -> its first image block with experts
+
+    @property
+    def first_expert_block(self) -> int:
+        """How many blocks of the image tower are the same for every loaded path."""
+        if self._fixed_first is not None:
+            return self._fixed_first
+        return min(self._firsts.values(), default=len(self._image.steps))
 
     @property
     def paths(self) -> frozenset[int]:
         """The paths that are loaded."""
-        return self._vision.paths
+        return frozenset(self._firsts)
 
     def load(self, experts: TaskExperts) -> int:
         """Load a task version into free slots.
@@ -91,20 +115,19 @@ class RoutedModel:
         if experts.text:
             assert self._text is not None
             try:
-                self._text.load(path, experts.text, top_k=experts.top_k, scale=experts.scale)
+                self._text.load(path, experts)
             except CapacityError:
                 self._vision.unload(path)
                 raise
-            self._text_paths.add(path)
+        self._firsts[path] = min(experts.vision, default=len(self._image.steps))
         return self._free_paths.pop()
 
     def unload(self, path: int) -> None:
         """Free a path and the slots that no other path shares."""
         self._vision.unload(path)
-        if path in self._text_paths:
-            assert self._text is not None
+        if self._text is not None and path in self._text:
             self._text.unload(path)
-            self._text_paths.remove(path)
+        del self._firsts[path]
         self._free_paths.append(path)
 
     def encode_image(self, images_BCHW: Tensor, paths_B: Tensor) -> Tensor:
@@ -112,15 +135,13 @@ class RoutedModel:
         return self.finish(self.frozen(images_BCHW), paths_B)
 
     def encode_text(self, tokens_NL: Tensor, path: int = ZERO_SHOT) -> Tensor:
-        """Encode token ids by one path's text experts; un-normalised features (N, E)."""
-        text, pool = self.backbone.text, self._text
-        if path not in self._text_paths or text is None or pool is None:
+        """Encode token ids by one path's text experts; un-normalised features (N, E).
+
+        In a causal tower no router runs: what a path's router says is the same for every prompt.
+        """
+        if self._text is None or path not in self._text:
             return self.backbone.model.encode_text(tokens_NL)
-        paths_N = torch.full((len(tokens_NL),), path, device=tokens_NL.device)
-        x_NLD, mask = text.embed(tokens_NL)
-        for index, block in enumerate(text.blocks):
-            x_NLD = _routed_block(block, index, x_NLD, mask, pool, paths_N)
-        return text.pool(x_NLD, tokens_NL)
+        return self._text.encode(tokens_NL, path)
 
     def frozen(
         self, images_BCHW: Tensor, *, taps: Sequence[str] = (), features: bool = False
@@ -136,20 +157,21 @@ class RoutedModel:
         Raises:
             BackboneError: if a tap's name means nothing in this backbone.
         """
-        tower = self.backbone.image
+        image, last = self._image, len(self._image.steps)
         depth_of = {tap: self._depth(tap) for tap in taps}
         whole = features or "embedding" in taps
-        depth = len(tower.blocks) if whole else max([self.first_expert_block, *depth_of.values()])
-        patches_BLD = tower.stem(images_BCHW)
+        depth = last if whole else max([self.first_expert_block, *depth_of.values()])
+        patches_BLD = image.stem(images_BCHW)
         found = {t: _pooled(patches_BLD, t) for t in taps if t.startswith("stem:")}
         found |= {t: self.extractors[t](images_BCHW) for t in taps if t in self.extractors}
-        x_BLD = hidden_BLD = tower.embed(patches_BLD)
+        x_BLD = hidden_BLD = image.embed(patches_BLD)
         for index in range(depth):
-            x_BLD = _plain_block(tower.blocks[index], x_BLD)
+            before_BLD, x_BLD = x_BLD, image.steps[index](x_BLD, None)
             if index + 1 == self.first_expert_block:
                 hidden_BLD = x_BLD
-            found |= {t: _pooled(x_BLD, t) for t, n in depth_of.items() if n == index + 1}
-        features_BE = tower.pool(x_BLD) if depth == len(tower.blocks) else None
+            for tap in (t for t, n in depth_of.items() if n == index + 1):
+                found[tap] = _pooled(self._all_tokens(index, before_BLD, x_BLD, tap), tap)
+        features_BE = image.pool(x_BLD) if depth == last else None
         if features_BE is not None and "embedding" in taps:
             found["embedding"] = F.normalize(features_BE.float(), dim=-1)
         return Frozen(hidden_BLD, found, features_BE, self.first_expert_block)
@@ -158,21 +180,30 @@ class RoutedModel:
         """Go on from `frozen` to un-normalised features (B, E), each row by its own path.
 
         Args:
-            frozen: of this model.
+            frozen: of this model; no path that was loaded since has experts in its trunk.
             paths_B: int64, -1 for zero-shot. None: all are, and no expert operation runs.
         """
-        tower, x_BLD = self.backbone.image, frozen.hidden_BLD
-        for index in range(frozen.depth, len(tower.blocks)):
-            block = tower.blocks[index]
-            if paths_B is None:
-                x_BLD = _plain_block(block, x_BLD)
-            else:
-                x_BLD = _routed_block(block, index, x_BLD, None, self._vision, paths_B)
-        return tower.pool(x_BLD)
+        assert paths_B is None or frozen.depth <= self.first_expert_block
+        x_BLD = frozen.hidden_BLD
+        for index in range(frozen.depth, len(self._image.steps)):
+            mixing = None if paths_B is None else Mixing(self._vision, index, paths_B)
+            x_BLD = self._image.steps[index](x_BLD, mixing)
+        return self._image.pool(x_BLD)
 
-    def _pool(self, blocks: int, width: int) -> ExpertPool:
+    def _all_tokens(self, index: int, before_BLD: Tensor, after_BLD: Tensor, tap: str) -> Tensor:
+        """What a tap after a block pools: where the last step skips tokens, run it for all."""
+        whole_last = self._image.whole_last
+        if whole_last is None or index + 1 < len(self._image.steps) or tap.endswith(":cls"):
+            return after_BLD
+        return whole_last(before_BLD, None)
+
+    def _pool(self, blocks: int, width: int, dtype: torch.dtype = torch.float32) -> ExpertPool:
         return ExpertPool(
-            blocks=blocks, width=width, capacity=self.capacity, device=self.backbone.device
+            blocks=blocks,
+            width=width,
+            capacity=self.capacity,
+            device=self.backbone.device,
+            dtype=dtype,
         )
 
     def _check(self, experts: TaskExperts) -> None:
@@ -180,11 +211,11 @@ class RoutedModel:
             raise CapacityError(f"all {self.capacity.paths} paths are taken")
         if experts.text and self._text is None:
             raise BackboneError(f"the text tower of {self.backbone.name} takes no experts")
-        early = [block for block in experts.vision if block < self.first_expert_block]
+        early = [block for block in experts.vision if block < (self._fixed_first or 0)]
         if early:
             raise BackboneError(
                 f"experts in image blocks {early}, but this model's trunk ends at block "
-                f"{self.first_expert_block}"
+                f"{self._fixed_first}"
             )
 
     def _depth(self, tap: str) -> int:
@@ -197,16 +228,10 @@ class RoutedModel:
         raise BackboneError(f"{self.backbone.name} with {blocks} blocks has no feature {tap!r}")
 
 
-def _plain_block(block: Block, x_BLD: Tensor) -> Tensor:
-    x_BLD = block.attend(x_BLD, None)
-    return x_BLD + block.mlp(x_BLD)
-
-
-def _routed_block(
-    block: Block, index: int, x_BLD: Tensor, mask: Tensor | None, pool: ExpertPool, paths_B: Tensor
-) -> Tensor:
-    x_BLD = block.attend(x_BLD, mask)
-    return x_BLD + block.mlp(x_BLD) + pool.mixing(index, x_BLD, paths_B)
+def _image_pass(backbone: Backbone, precision: Precision) -> ImagePass:
+    if precision == "exact":
+        return exact_pass(backbone.image)
+    return fast_pass(backbone.model.visual, dtype_of(precision))
 
 
 def _pooled(x_BLD: Tensor, tap: str) -> Tensor:

@@ -102,6 +102,7 @@ class ImageTower:
     blocks: tuple[Block, ...]
     pool: Callable[[Tensor], Tensor]  # output of the last block -> features (B, E)
     width: int
+    pools_token_0: bool = False  # the features depend on no other token of the last block
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _open_clip_image_tower(visual: VisionTransformer) -> ImageTower:
         return pooled if visual.proj is None else pooled @ visual.proj
 
     blocks = tuple(_open_clip_block(b) for b in visual.transformer.resblocks)
-    return ImageTower(stem, embed, blocks, pool, visual.transformer.width)
+    token_0 = visual.attn_pool is None and visual.pool_type == "tok"
+    return ImageTower(stem, embed, blocks, pool, visual.transformer.width, token_0)
 
 
 def _timm_image_tower(visual: TimmModel) -> ImageTower:

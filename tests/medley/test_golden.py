@@ -107,7 +107,7 @@ def gates_by_block(
     patches = image.embed(image.stem(golden["input.images"]))
     for tower, parts, pool, x, attention_mask in (
         ("image", image, model._vision, patches, None),
-        ("text", text, model._text, tokens, mask),
+        ("text", text, model._text.pool, tokens, mask),
     ):
         paths = torch.full((len(x),), path)
         for index, block in enumerate(parts.blocks):

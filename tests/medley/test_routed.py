@@ -205,7 +205,7 @@ def test_a_task_that_finds_no_room_is_refused_and_leaves_nothing_behind(backbone
     [
         (random_experts(bottleneck=16), "bottleneck 16 is larger than 8"),
         (random_experts(num_experts=5), "5 experts, room for 4"),
-        (random_experts(top_k=3), "top_k 3 is larger than 2"),
+        (random_experts(top_k=3), "top_k 3 is larger than max_top_k 2"),
     ],
 )
 def test_experts_larger_than_the_slots_are_refused(
