@@ -1,1 +1,1 @@
-"""`medley bench kernels | model | ddas | swap | speed`: how fast, against what, on which machine."""
+"""`medley bench kernels | model | ddas | swap | speed`: how fast, beside what, on what machine."""

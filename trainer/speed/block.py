@@ -1,4 +1,4 @@
-"""One block's expert branch as a benchmark row: shapes, mixes of tasks, and random tensors for them.
+"""One block's expert branch as a benchmark row: shapes, mixes of tasks, random tensors for them.
 
 Legend: B rows, L tokens, D width, E experts a path may name, K chosen experts, S slots,
 R bottleneck, F = R + D, P paths.

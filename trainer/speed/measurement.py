@@ -53,7 +53,7 @@ class Measurement:
 
 
 class Journal:
-    """A file of lines, one appended as soon as it is known, so that a stopped run keeps what it has.
+    """A file of lines, appended as soon as they are known: a stopped run keeps what it has.
 
     Raises:
         DataError: with code `output`: the folder cannot be written.

@@ -67,6 +67,9 @@ VIEWS = ("view", "_unsafe_view", "t", "slice", "select", "split_with_sizes", "un
 class _Counting(TorchDispatchMode):
     operations = 0
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.operations += func.overloadpacket.__name__ not in VIEWS
         return func(*args, **(kwargs or {}))

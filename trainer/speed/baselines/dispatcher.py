@@ -46,18 +46,23 @@ class _Task:
     experts: Sequence[_Expert]
     top_k: int
     scale: float
-    counter: Counter[int]
+    chosen_E: Tensor  # on the host
 
     def __call__(self, x_NLD: Tensor) -> Tensor:
         gates_NE = self._gates(x_NLD[:, 0].float())
         order_Z, expert_Z = _by_expert(gates_NE)
-        self.counter.update(gates_NE.nonzero()[:, 1].tolist())
+        self._count(gates_NE)
         inputs = x_NLD[order_Z].split((gates_NE > 0).sum(0).tolist())
         outputs = [e(x, self.scale) for e, x in zip(self.experts, inputs, strict=True)]
         gate_Z1 = gates_NE[order_Z].gather(1, expert_Z[:, None])
         stitched_ZLD = torch.cat(outputs).float() * gate_Z1[:, :, None]
         zeros_NLD = torch.zeros(x_NLD.shape, dtype=torch.float32, device=x_NLD.device)
         return zeros_NLD.index_add(0, order_Z, stitched_ZLD).to(x_NLD.dtype)
+
+    def _count(self, gates_NE: Tensor) -> None:
+        """Add up how often each expert was chosen, one by one and on the host."""
+        for expert, times in Counter(gates_NE.nonzero()[:, 1].tolist()).items():
+            self.chosen_E[expert] = self.chosen_E[expert] + times
 
     def _gates(self, token_ND: Tensor) -> Tensor:
         logits_NE = token_ND @ self.router_DE
@@ -109,5 +114,5 @@ def _task(block: Block, path: int, experts: Sequence[_Expert]) -> _Task:
         [experts[slot] for slot in block.slots_PE[path].tolist()],
         int(block.top_k_P[path]),
         float(block.scale_P[path]),
-        Counter(),
+        torch.zeros(block.slots_PE.shape[1]),
     )

@@ -1,4 +1,4 @@
-"""The expert branch in float64, row by row, from the definition: what errors are measured against."""
+"""The expert branch in float64, row by row, from the definition: what errors are taken from."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def per_row(block: Block) -> Run:
 
 
 def two_steps(block: Block) -> Run:
-    """Shrink, then expand: rows k times, hidden units in float32 in memory, a sum over k at the end.
+    """Shrink, then expand: rows k times, hidden units in float32 in memory, a sum over k last.
 
     The shape of LoRA servers' kernel pairs, with bias and ReLU between; on a CPU two batched
     products over gathered weights.

@@ -1,0 +1,72 @@
+"""The device that is asked for, or one line that says why not; and what a run is measured on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from medley.errors import DataError
+from trainer.bench.machine import machine
+from trainer.speed.measurement import Run
+
+__all__ = ["open_device", "run_of"]
+
+PACKAGES = ("torch", "triton", "open_clip_torch", "medley-clip")
+SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+
+
+def open_device(name: str) -> torch.device:
+    """Return the device.
+
+    Raises:
+        DataError: with code `device`: there is none of that name, or no GPU here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DataError(f"there is no device {name!r}; use cpu or cuda", code="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"speed is measured on cpu or cuda, not on {name}", code="device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda needs a GPU, and torch finds none here", code="device")
+    return device
+
+
+def run_of(device: torch.device) -> Run:
+    """Describe this process, its machine and its versions."""
+    return Run(
+        command=" ".join(["medley", *sys.argv[1:]]),
+        machine=machine(device),
+        device=device.type,
+        versions=", ".join(_versions(device)),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _versions(device: torch.device) -> list[str]:
+    found = [f"{name} {_version(name)}" for name in PACKAGES]
+    if device.type == "cuda":
+        found += [f"CUDA {torch.version.cuda}", *_smi()]
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _smi() -> list[str]:
+    """Driver and clocks, where the driver's own tool tells them."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ["driver and clocks unknown"]
+    values = told.stdout.splitlines()[0].split(", ")
+    return [f"{name} {value}" for name, value in zip(SMI, values, strict=True)]
