@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from open_clip.transformer import LayerScale, QuickGELU, ResidualAttentionBlock
@@ -223,21 +223,13 @@ def _copy(visual: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied.to(dtype)
 
 
-def _is_plain(block: Any) -> bool:
-    attn, mlp = block.attn, block.mlp
-    norms, scales = (block.ln_1, block.ln_2), (block.ls_1, block.ls_2)
-    return bool(
-        type(block) is ResidualAttentionBlock
-        and not hasattr(block, "ln_1_kv")
-        and type(attn) is nn.MultiheadAttention
-        and attn.in_proj_weight is not None
-        and attn.in_proj_bias is not None
-        and attn.bias_k is None
-        and not attn.add_zero_attn
-        and all(isinstance(n, nn.LayerNorm) for n in norms)
-        and all(isinstance(s, nn.Identity | LayerScale) for s in scales)
-        and all(type(n) is nn.Linear and n.bias is not None for n in (mlp.c_fc, mlp.c_proj))
-        and isinstance(mlp.gelu, nn.GELU | QuickGELU)
+def _is_plain(block: ResidualAttentionBlock) -> bool:
+    """Whether the block is made of the modules that open_clip usually makes it of."""
+    return (
+        type(block.attn) is nn.MultiheadAttention
+        and all(isinstance(norm, nn.LayerNorm) for norm in (block.ln_1, block.ln_2))
+        and all(type(linear) is nn.Linear for linear in (block.mlp.c_fc, block.mlp.c_proj))
+        and isinstance(block.mlp.gelu, nn.GELU | QuickGELU)
     )
 
 

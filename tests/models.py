@@ -1,9 +1,10 @@
 """Small random backbones and experts for tests: open_clip's own classes, weights from a seed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from torch import Tensor
 
 from medley.backbone import Backbone, wrap
@@ -22,26 +23,60 @@ def tiny_tokenizer(texts: Sequence[str]) -> Tensor:
     return rows
 
 
-def tiny_backbone(seed: int = 0, *, quick_gelu: bool = False) -> Backbone:
+def tiny_clip(*, quick_gelu: bool = False, **vision: Any) -> CLIP:
+    """Build the model of `tiny_backbone`, with more settings of open_clip's for its image tower."""
+    model = CLIP(
+        24,
+        CLIPVisionCfg(
+            layers=IMAGE_BLOCKS,
+            width=VISION_WIDTH,
+            head_width=32,
+            patch_size=8,
+            image_size=32,
+            **vision,
+        ),
+        CLIPTextCfg(
+            context_length=CONTEXT,
+            vocab_size=VOCABULARY,
+            width=TEXT_WIDTH,
+            heads=1,
+            layers=TEXT_BLOCKS,
+        ),
+        quick_gelu=quick_gelu,
+    )
+    model.visual.preprocess_cfg = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return model
+
+
+def tiny_backbone(seed: int = 0, *, quick_gelu: bool = False, **vision: Any) -> Backbone:
     """Build a backbone of 3 image and 2 text blocks for 32 x 32 pixels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = CLIP(
-            24,
-            CLIPVisionCfg(
-                layers=IMAGE_BLOCKS, width=VISION_WIDTH, head_width=32, patch_size=8, image_size=32
-            ),
-            CLIPTextCfg(
-                context_length=CONTEXT,
-                vocab_size=VOCABULARY,
-                width=TEXT_WIDTH,
-                heads=1,
-                layers=TEXT_BLOCKS,
-            ),
-            quick_gelu=quick_gelu,
-        )
-    model.visual.preprocess_cfg = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        model = tiny_clip(quick_gelu=quick_gelu, **vision)
     return wrap(model, name="tiny", tokenizer=tiny_tokenizer)
+
+
+def timm_backbone() -> Backbone:
+    """Build a backbone as SigLIP is built: timm's image tower, a text tower without causal mask."""
+    model = CustomTextCLIP(
+        64,
+        CLIPVisionCfg(timm_model_name="vit_tiny_patch16_224", timm_proj="linear", image_size=224),
+        CLIPTextCfg(
+            context_length=64,
+            vocab_size=300,
+            width=64,
+            heads=2,
+            layers=2,
+            no_causal_mask=True,
+            pool_type="last",
+        ),
+    )
+    model.visual.preprocess_cfg = {"size": 224}
+
+    def tokenizer(texts: Sequence[str]) -> Tensor:
+        return torch.ones(len(texts), 64, dtype=torch.int64)
+
+    return wrap(model, name="siglip-like", tokenizer=tokenizer)
 
 
 def random_experts(

@@ -7,15 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.model import CLIP
 from torch import Tensor
+from torchvision.transforms.functional import normalize
 
 from medley.backbone import Backbone, load_backbone, wrap
 from medley.errors import BackboneError, CapacityError
 from medley.mini import load_mini, mini_tokenizer
 from medley.pool import Capacity
 from medley.routed import ZERO_SHOT, RoutedModel
-from tests.models import random_experts, tiny_backbone
+from tests.models import random_experts, timm_backbone, tiny_backbone
 
 SMALL = Capacity(paths=4, slots=12, experts=4, bottleneck=8, max_top_k=2)
 
@@ -83,26 +84,8 @@ def test_zero_shot_of_our_own_base_equals_open_clip_bit_for_bit() -> None:
 
 
 def test_zero_shot_of_a_timm_tower_equals_open_clip_bit_for_bit() -> None:
-    model = CustomTextCLIP(
-        64,
-        CLIPVisionCfg(timm_model_name="vit_tiny_patch16_224", timm_proj="linear", image_size=224),
-        CLIPTextCfg(
-            context_length=64,
-            vocab_size=300,
-            width=64,
-            heads=2,
-            layers=2,
-            no_causal_mask=True,
-            pool_type="last",
-        ),
-    )
-    model.visual.preprocess_cfg = {"size": 224}
-    backbone = wrap(
-        model,
-        name="siglip-like",
-        tokenizer=lambda texts: torch.ones(len(texts), 64, dtype=torch.int64),
-    )
-    assert_zero_shot_is_open_clip(model, backbone, 224)
+    backbone = timm_backbone()
+    assert_zero_shot_is_open_clip(backbone.model, backbone, 224)
 
 
 def test_a_backbone_without_transformer_blocks_is_refused_by_name() -> None:
@@ -252,3 +235,112 @@ def test_taps_are_the_same_however_deep_the_pass_goes(backbone: Backbone) -> Non
 def test_a_feature_that_the_backbone_does_not_have_is_refused(tap: str, backbone: Backbone) -> None:
     with pytest.raises(BackboneError, match=tap):
         RoutedModel(backbone, capacity=SMALL).frozen(images(1), taps=[tap])
+
+
+def test_the_trunk_follows_the_loaded_tasks_and_no_bit_changes(backbone: Backbone) -> None:
+    model = RoutedModel(backbone, first_expert_block=None, capacity=SMALL)
+    assert model.first_expert_block == len(backbone.image.blocks)
+    late = model.load(random_experts(1, first_expert_block=2))
+    assert model.first_expert_block == 2
+    rows = torch.tensor([late, ZERO_SHOT])
+    with torch.inference_mode():
+        before = model.encode_image(images(2), rows)
+        early = model.load(random_experts(2))
+        assert model.first_expert_block == 0
+        assert torch.equal(model.encode_image(images(2), rows), before)
+        model.unload(early)
+        assert model.first_expert_block == 2
+        assert torch.equal(model.encode_image(images(2), rows), before)
+    model.unload(late)
+    assert model.first_expert_block == len(backbone.image.blocks)
+
+
+def test_a_batch_goes_on_from_where_its_trunk_ended(backbone: Backbone) -> None:
+    model = RoutedModel(backbone, first_expert_block=None, capacity=SMALL)
+    early, late = model.load(random_experts(1)), model.load(random_experts(2, first_expert_block=2))
+    rows = torch.tensor([late, ZERO_SHOT])
+    with torch.inference_mode():
+        frozen = model.frozen(images(2))
+        expected = model.finish(frozen, rows)
+        model.unload(early)
+        deeper = model.frozen(images(2))
+        assert (frozen.depth, deeper.depth) == (0, 2)
+        assert torch.equal(model.finish(frozen, rows), expected)
+        assert torch.equal(model.finish(deeper, rows), expected)
+
+
+def test_a_batch_that_is_told_zero_shot_needs_no_paths(backbone: Backbone) -> None:
+    model = RoutedModel(backbone, capacity=SMALL)
+    model.load(random_experts(1))
+    with torch.inference_mode():
+        features = model.finish(model.frozen(images(3)), None)
+        assert torch.equal(features, backbone.model.encode_image(images(3)))
+
+
+def prompts(backbone: Backbone) -> Tensor:
+    return backbone.tokenize(["a photo of a cat", "steam locomotive", "x"])
+
+
+def text_by_router(model: RoutedModel, tokens: Tensor, path: int) -> Tensor:
+    """What the routers say when every one of them is asked for every prompt."""
+    text = model.backbone.text
+    assert text is not None
+    assert model._text is not None
+    rows = torch.full((len(tokens),), path)
+    x, mask = text.embed(tokens)
+    for index, block in enumerate(text.blocks):
+        x = block.attend(x, mask)
+        x = x + block.mlp(x) + model._text.pool.mixing(index, x, rows)
+    return text.pool(x, tokens)
+
+
+def test_text_routing_of_a_causal_tower_is_a_constant_of_the_path(backbone: Backbone) -> None:
+    model = RoutedModel(backbone, capacity=SMALL)
+    tokens = prompts(backbone)
+    with torch.inference_mode():
+        for seed in range(4):
+            path = model.load(random_experts(seed))
+            expected = text_by_router(model, tokens, path)
+            torch.testing.assert_close(model.encode_text(tokens, path), expected)
+            assert (expected - model.encode_text(tokens)).abs().max() > 1e-3
+
+
+def test_no_router_runs_for_a_prompt_after_the_first(backbone: Backbone) -> None:
+    model = RoutedModel(backbone, capacity=SMALL)
+    path = model.load(random_experts(1))
+    tokens = prompts(backbone)
+    with torch.inference_mode():
+        before = model.encode_text(tokens, path)
+        assert model._text is not None
+        model._text.pool.routers_NPDE.fill_(torch.nan)
+        assert torch.equal(model.encode_text(tokens, path), before)
+
+
+def test_a_path_that_takes_the_place_of_another_routes_its_own_prompts(backbone: Backbone) -> None:
+    model = RoutedModel(backbone, capacity=SMALL)
+    tokens = prompts(backbone)
+    with torch.inference_mode():
+        first = model.load(random_experts(1))
+        model.encode_text(tokens, first)
+        model.unload(first)
+        assert model.load(random_experts(2)) == first
+        expected = text_by_router(model, tokens, first)
+        torch.testing.assert_close(model.encode_text(tokens, first), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prompts_that_begin_differently_are_routed_one_by_one(causal: bool) -> None:
+    backbone = tiny_backbone() if causal else timm_backbone()
+    model = RoutedModel(backbone, capacity=SMALL)
+    path = model.load(random_experts(1, backbone=backbone))
+    tokens = torch.arange(2, 2 + 3 * 12).view(3, 12) if causal else torch.arange(192).view(3, 64)
+    with torch.inference_mode():
+        expected = text_by_router(model, tokens, path)
+        assert torch.equal(model.encode_text(tokens, path), expected)
+
+
+def test_pixels_are_normalised_as_torchvision_does(backbone: Backbone) -> None:
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    for _ in range(2):  # the second time from what is kept on the device
+        expected = normalize(pixels / 255, list(backbone.mean), list(backbone.std))
+        assert torch.equal(backbone.normalise(pixels), expected)
