@@ -1,7 +1,8 @@
 """One feature of every image against the autoencoders of every task: the reconstruction errors.
 
 Not a selector: what an error means, and who wins, is decided in `medley/selector.py`. A CPU runs
-`reference`, the definition; a CUDA device runs the Triton kernel of `fused`.
+`reference`, the definition; a CUDA device runs the Triton kernel of `fused`, but for codes too wide
+for it.
 
 Legend: B images, T tasks, F feature width, C code width.
 """
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from kernels.autoencoder_errors import reference
+from kernels.autoencoder_errors.table import MAX_CODES
 
 __all__ = ["Output", "autoencoder_errors"]
 
 Output = Literal["linear", "sigmoid"]
+
+_WEIGHTS = ("mean", "std", "encoder", "encoder_bias", "decoder", "decoder_bias")
 
 
 def autoencoder_errors(
@@ -53,9 +57,11 @@ def autoencoder_errors(
     """
     weights = (mean_TF, std_TF, encoder_TFC, encoder_bias_TC, decoder_TCF, decoder_bias_TF)
     _check(features_BF, *weights)
-    # A custom op costs its first caller a second and 150 MB of imports, and needs none on a CPU.
-    op = reference.autoencoder_errors if features_BF.device.type == "cpu" else _fused
-    return op(features_BF, *weights, output=output)
+    # A custom op costs its first caller a second and 150 MB of imports; a CPU needs none.
+    if features_BF.device.type == "cuda" and encoder_TFC.shape[2] <= MAX_CODES:
+        _check_contiguous(*weights)
+        return _fused(features_BF, *weights, output=output)
+    return reference.autoencoder_errors(features_BF, *weights, output=output)
 
 
 @torch.library.custom_op("medley::autoencoder_errors", mutates_args=(), device_types="cuda")
@@ -71,11 +77,11 @@ def _fused(
     output: str,
 ) -> Tensor:
     # Here, since Triton is only where Linux is.
-    from kernels.autoencoder_errors import fused
+    from kernels.autoencoder_errors.fused import prepare
 
     weights = (mean_TF, std_TF, encoder_TFC, encoder_bias_TC, decoder_TCF, decoder_bias_TF)
     errors_BT = _empty(features_BF, *weights, output=output)
-    fused.launch(errors_BT, features_BF, *weights, output=output)
+    prepare(errors_BT, features_BF.contiguous(), *weights, output=output).run()
     return errors_BT
 
 
@@ -99,18 +105,18 @@ def _check(
     device = features_BF.device
     if features_BF.shape != (len(features_BF), F):
         raise ValueError(f"features has shape {tuple(features_BF.shape)}, expected (B, {F})")
-    expected = {
-        "mean": (mean_TF, (T, F)),
-        "std": (std_TF, (T, F)),
-        "encoder": (encoder_TFC, (T, F, C)),
-        "encoder_bias": (encoder_bias_TC, (T, C)),
-        "decoder": (decoder_TCF, (T, C, F)),
-        "decoder_bias": (decoder_bias_TF, (T, F)),
-    }
-    for name, (tensor, shape) in expected.items():
+    weights = (mean_TF, std_TF, encoder_TFC, encoder_bias_TC, decoder_TCF, decoder_bias_TF)
+    shapes = ((T, F), (T, F), (T, F, C), (T, C), (T, C, F), (T, F))
+    for name, tensor, shape in zip(_WEIGHTS, weights, shapes, strict=True):
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype}, expected torch.float32")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the features on {device}")
+
+
+def _check_contiguous(*weights: Tensor) -> None:
+    for name, weight in zip(_WEIGHTS, weights, strict=True):
+        if not weight.is_contiguous():
+            raise ValueError(f"{name} is not contiguous, its strides are {weight.stride()}")
