@@ -86,6 +86,9 @@ class Classifier:
         """Most images of one forward: the largest bucket."""
         return self.buckets[-1]
 
+    def prepare(self) -> None:
+        """Make ready for the tasks that are loaded now, so that no batch has to; here, nothing."""
+
     def route(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Routed:
         """Decide every image's path, encode it along that path, and wait for the answers.
 
