@@ -144,6 +144,8 @@ def expert_mixing(
 
     Source: MoE-Adapters, arXiv:2403.11549; routing is per sample, as in the authors' code.
     """
+    if slots_PE.numel() == 0 or len(weights_S2RD) == 0:  # no path, or none with any expert
+        return torch.zeros_like(x_BLD)
     expert_BK, gates_BK, active_B = choose(
         x_BLD, paths_B, routers_PDE, slots_PE, top_k_P, max_top_k=max_top_k
     )

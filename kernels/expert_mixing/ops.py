@@ -1,0 +1,313 @@
+"""The public operations: what is checked, and which implementation answers.
+
+CUDA tensors go to the fused kernel, all others to the plain definition. The kernel's operations are
+registered with torch, so that tracing sees one node of known shape. The CPU path is called
+straight: a registered operation costs more than one image can spare, and autograd would need
+a formula.
+
+Legend: as in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.expert_mixing import reference
+
+__all__ = ["expert_mixing", "expert_mixing_norm", "mix", "mix_cuda"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_EXPERTS = 64  # a program of the kernel holds one step of all of them in registers
+
+
+def mix(
+    x_BLD: Tensor,
+    slots_BK: Tensor,
+    gates_BK: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    *,
+    relu: bool = True,
+    keep_BLH: Tensor | None = None,
+) -> Tensor:
+    """Apply each row's K given experts to all of its tokens and sum them by gate.
+
+    The definition, arguments and answer are those of `reference.mix`. On a CUDA device a slot out
+    of range counts as none and adds nothing.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or memory layouts that do not fit, and on a CPU a slot
+            out of range. On CUDA also a D that is not a multiple of 16, or more hidden units than
+            the launch table has room for.
+    """
+    B, L, _ = _check_pool(x_BLD, weights_S2RD, biases_SF)
+    slots, _, bottleneck, _ = weights_S2RD.shape
+    K = slots_BK.shape[-1]
+    _check(x_BLD, "slots_BK", slots_BK, (B, K), torch.int64)
+    _check(x_BLD, "gates_BK", gates_BK, (B, K), biases_SF.dtype)
+    if keep_BLH is not None:
+        _check(x_BLD, "keep_BLH", keep_BLH, (B, L, K * bottleneck), x_BLD.dtype)
+    if x_BLD.device.type == "cuda":
+        return mix_cuda(x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, keep_BLH, relu)
+    _check_range("slots_BK", slots_BK, 0, slots)
+    return reference.mix(
+        x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, relu=relu, keep_BLH=keep_BLH
+    )
+
+
+def expert_mixing(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    *,
+    max_top_k: int,
+) -> Tensor:
+    """Route every row by its own path's router and mix its experts: the whole branch of one block.
+
+    The definition, arguments and answer are those of `reference.expert_mixing`. On a CUDA device a
+    path or slot out of range counts as none. Where two logits are so close that float32 sums of
+    another order differ, two devices may choose differently; on one device the choice is the same
+    every time, and of equal logits the kernel takes the lower index.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or memory layouts that do not fit, `max_top_k` larger
+            than E, and on a CPU a path or slot out of range. On CUDA also more than 64 experts, a D
+            that is not a multiple of 16, or more hidden units than the launch table has room for.
+    """
+    routing = (paths_B, weights_S2RD, biases_SF, routers_PDE, slots_PE, top_k_P, scale_P)
+    _check_routing(x_BLD, *routing, max_top_k=max_top_k)
+    if x_BLD.device.type == "cuda":
+        return expert_mixing_cuda(x_BLD, *routing, max_top_k)
+    return reference.expert_mixing(x_BLD, *routing, max_top_k=max_top_k)
+
+
+def expert_mixing_norm(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    out_bias_D: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    *,
+    max_top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Mix the experts, and prepare both inputs of the MLP beside them, which shares their x.
+
+    The definition, arguments and answers (r, z) are those of `reference.expert_mixing_norm`; what
+    else `expert_mixing` says holds here too.
+
+    Raises:
+        ValueError: as `expert_mixing`.
+    """
+    routing = (paths_B, weights_S2RD, biases_SF, routers_PDE, slots_PE, top_k_P, scale_P)
+    norm = (out_bias_D, norm_weight_D, norm_bias_D)
+    _check_routing(x_BLD, *routing, max_top_k=max_top_k)
+    for name, tensor in zip(("out_bias_D", "norm_weight_D", "norm_bias_D"), norm, strict=True):
+        _check(x_BLD, name, tensor, x_BLD.shape[-1:], tensor.dtype)
+    if x_BLD.device.type == "cuda":
+        return expert_mixing_norm_cuda(x_BLD, *routing, *norm, max_top_k, eps)
+    return reference.expert_mixing_norm(x_BLD, *routing, *norm, max_top_k=max_top_k, eps=eps)
+
+
+@torch.library.custom_op("medley::mix", mutates_args=(), device_types="cuda")
+def mix_cuda(
+    x_BLD: Tensor,
+    slots_BK: Tensor,
+    gates_BK: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    keep_BLH: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """Launch `mix`'s form of the kernel; nothing is checked."""
+    from kernels.expert_mixing import fused  # triton is there on Linux alone
+
+    y_BLD = torch.empty_like(x_BLD)
+    fused.prepare(
+        x_BLD,
+        y_BLD,
+        weights_S2RD=weights_S2RD,
+        biases_SF=biases_SF,
+        slots=slots_BK,
+        gates_BK=gates_BK,
+        keep_BLH=keep_BLH,
+        max_top_k=slots_BK.shape[1],
+        relu=relu,
+    ).run()
+    return y_BLD
+
+
+@torch.library.custom_op("medley::expert_mixing", mutates_args=(), device_types="cuda")
+def expert_mixing_cuda(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    max_top_k: int,
+) -> Tensor:
+    """Launch `expert_mixing`'s form of the kernel; nothing is checked."""
+    from kernels.expert_mixing import fused
+
+    y_BLD = torch.empty_like(x_BLD)
+    fused.prepare(
+        x_BLD,
+        y_BLD,
+        weights_S2RD=weights_S2RD,
+        biases_SF=biases_SF,
+        slots=slots_PE,
+        router=fused.Router(
+            paths_B=paths_B, routers_PDE=routers_PDE, top_k_P=top_k_P, scale_P=scale_P
+        ),
+        max_top_k=max_top_k,
+    ).run()
+    return y_BLD
+
+
+@torch.library.custom_op("medley::expert_mixing_norm", mutates_args=(), device_types="cuda")
+def expert_mixing_norm_cuda(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    out_bias_D: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    max_top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch `expert_mixing_norm`'s form of the kernel; nothing is checked."""
+    from kernels.expert_mixing import fused
+
+    r_BLD, z_BLD = torch.empty_like(x_BLD), torch.empty_like(x_BLD)
+    fused.prepare(
+        x_BLD,
+        r_BLD,
+        weights_S2RD=weights_S2RD,
+        biases_SF=biases_SF,
+        slots=slots_PE,
+        router=fused.Router(
+            paths_B=paths_B, routers_PDE=routers_PDE, top_k_P=top_k_P, scale_P=scale_P
+        ),
+        norm=fused.Norm(
+            z_BLD=z_BLD,
+            out_bias_D=out_bias_D,
+            weight_D=norm_weight_D,
+            bias_D=norm_bias_D,
+            eps=eps,
+        ),
+        max_top_k=max_top_k,
+    ).run()
+    return r_BLD, z_BLD
+
+
+@mix_cuda.register_fake
+def _(x_BLD: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x_BLD)
+
+
+@expert_mixing_cuda.register_fake
+def _(x_BLD: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x_BLD)
+
+
+@expert_mixing_norm_cuda.register_fake
+def _(x_BLD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_BLD), torch.empty_like(x_BLD)
+
+
+def _check_routing(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    *,
+    max_top_k: int,
+) -> None:
+    B, _, D = _check_pool(x_BLD, weights_S2RD, biases_SF)
+    if slots_PE.ndim != 2:
+        raise ValueError(f"slots_PE has shape {tuple(slots_PE.shape)}, expected (P, E)")
+    P, E = slots_PE.shape
+    wide = biases_SF.dtype
+    _check(x_BLD, "paths_B", paths_B, (B,), torch.int64)
+    _check(x_BLD, "routers_PDE", routers_PDE, (P, D, E), wide)
+    _check(x_BLD, "slots_PE", slots_PE, (P, E), torch.int64)
+    _check(x_BLD, "top_k_P", top_k_P, (P,), torch.int64)
+    _check(x_BLD, "scale_P", scale_P, (P,), wide)
+    if max_top_k < 1 or (E and max_top_k > E):
+        raise ValueError(f"max_top_k {max_top_k} is not in 1..{E}, the experts a path may name")
+    if x_BLD.device.type == "cuda":
+        if E > _MAX_EXPERTS:
+            raise ValueError(f"{E} experts a path, the kernel has room for {_MAX_EXPERTS}")
+    else:
+        _check_range("paths_B", paths_B, None, P)
+        _check_range("slots_PE", slots_PE, None, len(weights_S2RD))
+
+
+def _check_pool(x_BLD: Tensor, weights_S2RD: Tensor, biases_SF: Tensor) -> torch.Size:
+    """Check what all forms share, and return (B, L, D)."""
+    if x_BLD.ndim != 3 or weights_S2RD.ndim != 4:
+        raise ValueError(
+            f"x_BLD has shape {tuple(x_BLD.shape)} and weights_S2RD {tuple(weights_S2RD.shape)}, "
+            "expected (B, L, D) and (S, 2, R, D)"
+        )
+    if x_BLD.shape[1] == 0:
+        raise ValueError(f"x_BLD has shape {tuple(x_BLD.shape)}, expected at least one token")
+    D = x_BLD.shape[2]
+    slots, _, bottleneck, _ = weights_S2RD.shape
+    # float64 is for gradient checks on a CPU.
+    dtypes = _DTYPES if x_BLD.device.type == "cuda" else (*_DTYPES, torch.float64)
+    if x_BLD.dtype not in dtypes:
+        raise ValueError(f"x_BLD is {x_BLD.dtype}, expected one of {dtypes}")
+    _check(x_BLD, "x_BLD", x_BLD, x_BLD.shape, x_BLD.dtype)
+    _check(x_BLD, "weights_S2RD", weights_S2RD, (slots, 2, bottleneck, D), x_BLD.dtype)
+    wide = torch.promote_types(x_BLD.dtype, torch.float32)
+    _check(x_BLD, "biases_SF", biases_SF, (slots, bottleneck + D), wide)
+    return x_BLD.shape
+
+
+def _check(
+    x_BLD: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if tensor.device != x_BLD.device:
+        raise ValueError(f"{name} is on {tensor.device}, x_BLD on {x_BLD.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: its strides are {tensor.stride()}")
+
+
+def _check_range(name: str, indices: Tensor, least: int | None, end: int) -> None:
+    """Look at the values where that costs nothing: on a CPU, and not while tracing."""
+    traced = type(indices) is not Tensor or torch.compiler.is_compiling()
+    if traced or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if high >= end or (least is not None and low < least):
+        wrong = high if high >= end else low
+        raise ValueError(f"{name} holds {wrong}, there are {end}")
