@@ -1,0 +1,99 @@
+"""A process in which Triton interprets: there the fused autoencoder kernel runs on a CPU.
+
+Triton decides when a kernel is imported whether to interpret it, and tests beside these compile the
+same kernel. Whatever the kernel reads lies between numbers that are none, and so does what it
+writes: what it reads or writes outside of its tensors shows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["Edit", "interpreter", "score"]
+
+Edit = tuple[str, str]  # what the source of the kernel says, and what it shall say instead
+
+_FOLDERS: list[TemporaryDirectory[str]] = []  # the interpreter reads a kernel's source as it runs
+_MARGIN = 2**16  # numbers; more than a tile of any test reaches over
+
+
+@contextmanager
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """Start a process for `score`."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(os.getpid).result()  # the process starts with the first job
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    with pool:
+        yield pool
+
+
+def score(
+    features_BF: Tensor, weights: Sequence[Tensor], output: str, *, edits: tuple[Edit, ...] = ()
+) -> Tensor:
+    """Run the kernel, or what some edits make of it, in this process.
+
+    Raises:
+        IndexError: it wrote outside of its errors.
+    """
+    torch.set_num_threads(1)
+    B, T = len(features_BF), len(weights[0])
+    memory = torch.full((B * T + 2 * _MARGIN,), torch.nan)
+    errors_BT = memory[_MARGIN : _MARGIN + B * T].view(B, T)
+    inputs = [_amid_nan(t) for t in (features_BF, *weights)]
+    _fused(edits).prepare(errors_BT, *inputs, output=output).run()
+    if not (memory[:_MARGIN].isnan().all() and memory[-_MARGIN:].isnan().all()):
+        raise IndexError("the kernel wrote outside of its errors")
+    return errors_BT.clone()
+
+
+def _amid_nan(tensor: Tensor) -> Tensor:
+    memory = torch.full((tensor.numel() + 2 * _MARGIN,), torch.nan, dtype=tensor.dtype)
+    inside = memory[_MARGIN : _MARGIN + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+@cache
+def _fused(edits: tuple[Edit, ...]) -> ModuleType:
+    from kernels.autoencoder_errors import fused
+
+    if not edits:
+        return fused
+    source = Path(fused.__file__).read_text()
+    for old, new in edits:
+        if source.count(old) != 1:
+            raise ValueError(f"{old!r} is {source.count(old)} times in the kernel, expected once")
+        source = source.replace(old, new)
+    return _imported(source)
+
+
+def _imported(source: str) -> ModuleType:
+    folder = TemporaryDirectory()
+    file = Path(folder.name, f"mutant_{len(_FOLDERS)}.py")
+    file.write_text(source)
+    _FOLDERS.append(folder)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not (spec and spec.loader):
+        raise ImportError(str(file))
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
