@@ -23,7 +23,7 @@ def tiny_tokenizer(texts: Sequence[str]) -> Tensor:
     return rows
 
 
-def tiny_clip(*, quick_gelu: bool = False, **vision: Any) -> CLIP:
+def tiny_clip(*, quick_gelu: bool = False, image_size: int = 32, **vision: Any) -> CLIP:
     """Build the model of `tiny_backbone`, with more settings of open_clip's for its image tower."""
     model = CLIP(
         24,
@@ -32,7 +32,7 @@ def tiny_clip(*, quick_gelu: bool = False, **vision: Any) -> CLIP:
             width=VISION_WIDTH,
             head_width=32,
             patch_size=8,
-            image_size=32,
+            image_size=image_size,
             **vision,
         ),
         CLIPTextCfg(
@@ -44,7 +44,7 @@ def tiny_clip(*, quick_gelu: bool = False, **vision: Any) -> CLIP:
         ),
         quick_gelu=quick_gelu,
     )
-    model.visual.preprocess_cfg = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model.visual.preprocess_cfg = {"size": image_size, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     return model
 
 
