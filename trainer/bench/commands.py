@@ -1,4 +1,4 @@
-"""`medley bench mtil | cil | ablation`. Heavy imports wait until a command runs."""
+"""`medley bench mtil | cil | ablation`, and those of speed. Heavy imports wait for a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from trainer.bench.cil_command import cil_command
 from trainer.options import DEFAULT_SEEDS, BackboneName, Cache, Device, Preset, Seeds, Weights
 from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
+from trainer.speed.commands import SPEED_COMMANDS
 
 if TYPE_CHECKING:
     from trainer.bench.record import Record
 
 __all__ = ["bench"]
 
-bench = typer.Typer(no_args_is_help=True, help="Measure learning by the protocols of the field.")
+bench = typer.Typer(no_args_is_help=True, help="Measure learning, and speed.")
 bench.command("ablation")(ablation_command)
 bench.command("cil")(cil_command)
+for name, command in SPEED_COMMANDS.items():
+    bench.command(name)(command)
 out, err = Console(), Console(stderr=True)
 
 

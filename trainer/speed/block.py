@@ -16,6 +16,10 @@ __all__ = ["MIXES", "SHAPES", "Block", "Shape", "make_block", "mixes_of"]
 SHARED_EXPERTS, TASKS, TOP_K, BOTTLENECK, SCALE = 22, 11, 2, 64, 0.1  # MoE-Adapters on MTIL
 
 
+# Of `expert_mixing`: paths, weights, biases, routers, slots, top_k, scale.
+Tables = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Shape:
     """Of one tower's hidden state."""
@@ -46,7 +50,7 @@ class Block:
     max_top_k = TOP_K
 
     @property
-    def tables(self) -> tuple[Tensor, ...]:
+    def tables(self) -> Tables:
         """The arguments of `expert_mixing` that follow x."""
         return (
             self.paths_B,

@@ -19,13 +19,23 @@ from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.baselines.rows import routed
 from trainer.speed.block import SHAPES, Block, Shape, make_block, mixes_of
 from trainer.speed.ceiling import measure_ceiling
+from trainer.speed.checks import check_kernels
 from trainer.speed.measurement import Journal
 from trainer.speed.timing import Timed, Work, graphed, in_turns
 
-__all__ = ["KernelsPlan", "measure_kernels"]
+__all__ = ["PREDICTED_US", "ROUTER", "KernelsPlan", "measure_kernels"]
 
 ROTATED_BYTES = 2**28  # of inputs that take turns on a GPU: five times the L2 cache of an H100
 ROUTER = "router alone"
+# Microseconds of a block on an H100 in bfloat16, from a model of memory and L2 traffic made before
+# any device was seen (docs/speed.md); by shape and batch size.
+PREDICTED_US = {
+    ("ViT-B/16", 1): 6.2,
+    ("ViT-B/16", 8): 9.0,
+    ("ViT-B/16", 64): 20.0,
+    ("ViT-B/16", 256): 64.0,
+    ("ViT-L/14", 256): 126.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +60,11 @@ def measure_kernels(
     journal: Journal, plan: KernelsPlan, *, on_row: Callable[[int], object] = lambda _: None
 ) -> None:
     """Write a line for each column of each row, and the ceiling."""
+    check_kernels(journal, plan.device, plan.shapes, plan.dtypes)
     measure_ceiling(journal, plan.device, plan.dtypes, repeats=plan.repeats)
     for dtype, shape, batch, mix in plan.rows():
         block = make_block(shape, batch=batch, mix=mix, dtype=dtype, device=plan.device)
-        conditions = {
+        conditions: dict[str, str | int] = {
             "shape": shape.name,
             "tokens": shape.tokens,
             "width": shape.width,

@@ -64,7 +64,7 @@ def measure_ddas(
         model = RoutedModel(backbone, precision=plan.precision)
         banks = {count: _bank(count, backbone) for count in plan.tasks}
         for batch in batches:
-            conditions = {
+            conditions: dict[str, str | int] = {
                 "backbone": backbone.name,
                 "precision": plan.precision,
                 "batch": batch,
@@ -122,7 +122,7 @@ def _paper_columns(plan: DdasPlan) -> dict[str, Callable[[int], Work]]:
         return {}
     network = AlexNet().features[:-2].eval().requires_grad_(requires_grad=False).to(plan.device)
     most, width, code = max(plan.paper_tasks), plan.paper_width, PAPER_CODE
-    weights = (
+    drawn = (
         torch.zeros(most, width),
         torch.ones(most, width),
         torch.randn(most, width, code) / width**0.5,
@@ -130,7 +130,7 @@ def _paper_columns(plan: DdasPlan) -> dict[str, Callable[[int], Work]]:
         torch.randn(most, code, width) / code**0.5,
         torch.zeros(most, width),
     )
-    weights = tuple(tensor.to(plan.device) for tensor in weights)
+    weights = [tensor.to(plan.device) for tensor in drawn]
 
     def alexnet(batch: int) -> Work:
         images_BCHW = torch.randn(batch, 3, 224, 224, device=plan.device)

@@ -64,7 +64,7 @@ def measure_swap(
 ) -> None:
     """Write the lines of all three questions."""
     stage = _Stage(plan)
-    conditions = {
+    conditions: dict[str, str | int] = {
         "backbone": plan.backbone.name,
         "precision": plan.precision,
         "batch": plan.batch,

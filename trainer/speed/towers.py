@@ -28,7 +28,16 @@ from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector, random_task
 from trainer.speed.timing import Work, graphed, in_turns
 
-__all__ = ["FROZEN", "MANY", "MIXED", "ONE_OF_MANY", "ModelPlan", "measure_model", "open_backbone"]
+__all__ = [
+    "FROZEN",
+    "MANY",
+    "MIXED",
+    "ONE_OF_MANY",
+    "OPEN_CLIP",
+    "ModelPlan",
+    "measure_model",
+    "open_backbone",
+]
 
 OPEN_CLIP, FROZEN, MIXED, ALL_NULL = "open_clip", "frozen", "11 tasks mixed", "all zero-shot"
 ONE_OF_MANY, MANY = "1 task of many", "all of many"
@@ -78,7 +87,7 @@ def measure_model(
         for precision in plan.precisions:
             model, shared, distinct = _loaded(backbone, precision, plan)
             for batch in batches:
-                conditions = {
+                conditions: dict[str, str | int] = {
                     "backbone": backbone.name,
                     "precision": precision,
                     "batch": batch,
