@@ -108,11 +108,20 @@ def test_neighbours_do_not_change_an_image_of_alexnets_width() -> None:
     assert not torch.equal(alone[1], crowd[1])
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_other_tasks_do_not_change_a_task_by_a_bit(output: Output) -> None:
-    weights, x_BF = _weights(9, 224, 32), _features(8, 224)
+@settings(max_examples=30, deadline=None)
+@given(
+    B=st.integers(1, 40),
+    T=st.integers(1, 24),
+    F=st.sampled_from([16, 41, 112, 224, 256, 768]),
+    seed=st.integers(0, 1000),
+    output=st.sampled_from(OUTPUTS),
+)
+def test_other_tasks_do_not_change_a_task_by_a_bit(
+    B: int, T: int, F: int, seed: int, output: Output
+) -> None:
+    weights, x_BF = _weights(T, F, 32, seed=seed), _features(B, F, seed=seed + 1)
     together = autoencoder_errors(x_BF, *weights, output=output)
-    for t in range(9):
+    for t in range(T):
         single = autoencoder_errors(x_BF, *(w[t : t + 1] for w in weights), output=output)
         assert torch.equal(single[:, 0], together[:, t])
 
@@ -135,6 +144,31 @@ def test_a_wrong_shape_is_refused(wrong: int) -> None:
     weights[wrong] = weights[wrong][..., :-1]
     with pytest.raises(ValueError, match="has shape"):
         autoencoder_errors(_features(4, 32), *weights)
+
+
+@pytest.mark.parametrize("wrong", range(6))
+def test_weights_that_are_not_float32_are_refused(wrong: int) -> None:
+    weights = list(_weights(2, 32, 8))
+    weights[wrong] = weights[wrong].double()
+    with pytest.raises(ValueError, match=r"is torch\.float64, expected torch\.float32"):
+        autoencoder_errors(_features(4, 32), *weights)
+
+
+@pytest.mark.parametrize("wrong", range(6))
+def test_weights_on_another_device_are_refused(wrong: int) -> None:
+    weights = list(_weights(2, 32, 8))
+    weights[wrong] = weights[wrong].to("meta")
+    with pytest.raises(ValueError, match="is on meta, the features on cpu"):
+        autoencoder_errors(_features(4, 32), *weights)
+
+
+def test_what_is_no_number_stays_in_its_image() -> None:
+    weights, x_BF = _weights(3, 32, 8), _features(4, 32)
+    clean = autoencoder_errors(x_BF, *weights)
+    x_BF[1, 5] = float("nan")
+    errors = autoencoder_errors(x_BF, *weights)
+    assert torch.equal(errors[[0, 2, 3]], clean[[0, 2, 3]])
+    assert errors[1].isnan().all()
 
 
 def test_a_flat_encoder_is_refused() -> None:
