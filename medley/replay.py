@@ -73,7 +73,7 @@ class ReplayedClassifier(Classifier):
         lane = self._lanes[self._turn]
         self._turn = (self._turn + 1) % LANES
         lane.settle()
-        lane.fill(_Inputs(pixels_BCHW, self._told(asks, rows), self._eligible(asks, rows)), rows)
+        lane.fill(_Inputs(pixels_BCHW, self._told(asks, rows), self._eligible(asks, rows)))
         up, main, down = self._streams.up, self._streams.main, self._streams.down
         _copy(up, lane.staged, lane.inputs, rows)
         main.wait_for(up.record())
@@ -221,11 +221,10 @@ class _Lane:
         self.fetched = fetched  # when the answers of the last batch had been copied
         self._flight: _Replayed | None = None
 
-    def fill(self, inputs: _Inputs, rows: int) -> None:
-        """Write a batch into the host's buffers; padding is black."""
+    def fill(self, inputs: _Inputs) -> None:
+        """Write a batch into the host's buffers; padding is whatever images were there."""
         for buffer, given in zip(self.inputs, inputs, strict=True):
             buffer[: len(given)].copy_(given)
-            buffer[len(given) : rows].zero_()
 
     def launched(self, fetched: Event, count: int, tasks: tuple[int, ...]) -> _Replayed:
         """Take note of a batch in flight."""

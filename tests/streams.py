@@ -22,16 +22,14 @@ class LateStreams:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self.main, self.up, self.down = (_Late(self) for _ in range(3))
-        self.captures = 0
 
     def host_tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     def capture(self, work: Work) -> Capture:
-        """As on a device, all that is queued is done first."""
-        self.captures += 1
-        while self.step():
-            pass
+        """As on a device, what the work computes comes after all that is in the main stream."""
+        while self.main.waiting:
+            self.step()
         outputs = work()
 
         def replay() -> None:
@@ -59,7 +57,13 @@ class _Late:
         """Whether the first in the queue may be done now."""
         return bool(self._queue) and (self._queue[0][0] is None or self._queue[0][0].query())
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._queue)
+
     def step(self) -> None:
+        """Do the first in the queue."""
         self._queue.popleft()[1]()
 
     def copy(self, into: Tensor, source: Tensor) -> None:
