@@ -24,7 +24,6 @@ from trainer.speed.towers import FROZEN
 __all__ = ["PICTURES"]
 
 DPI, COLOURS = 110, 256
-BIN_S = 0.25  # of throughput over time
 
 Picture = Callable[[Sequence[Measurement]], bytes | None]
 
@@ -115,7 +114,7 @@ def shares_png(lines: Sequence[Measurement]) -> bytes | None:
 
 
 def swaps_png(lines: Sequence[Measurement]) -> bytes | None:
-    """Throughput over time in the last segment of each rhythm, swaps marked."""
+    """Throughput over time, batch by batch, in the last segment of each rhythm; swaps marked."""
     rows = [r for r in rows_of(lines, "swap") if r.conditions["what"] == THROUGHPUT]
     if not rows:
         return None
@@ -123,17 +122,17 @@ def swaps_png(lines: Sequence[Measurement]) -> bytes | None:
     figure, grid = _panels(len(row.columns), 1, width=7.0, height=1.4)
     top = 0.0
     for axes, (name, line) in zip(grid, row.columns.items(), strict=True):
-        ends_s = np.asarray(line.series["batch_end_s"])
-        bins = np.arange(0, ends_s[-1] + BIN_S, BIN_S)
-        counts, _ = np.histogram(ends_s, bins=bins)
-        rate = counts * int(row.conditions["batch"]) / BIN_S
-        axes.step(bins[:-1], rate, where="post", color="C0")
+        edges_s = np.asarray((0.0, *line.series["batch_end_s"]))
+        rate = int(row.conditions["batch"]) / np.diff(edges_s)
+        axes.stairs(rate, edges_s, color="C0")
         axes.vlines(line.series["swap_s"], 0, 1, "C3", lw=0.8, transform=axes.get_xaxis_transform())
         axes.set_title(name, fontsize=8)
         top = max(top, float(rate.max()))
     for axes in grid:
         axes.set_ylim(0, 1.1 * top)
-    return _png(figure, "Images a second over seconds; red: a swap")
+    return _png(
+        figure, "Images a second, batch by batch, over seconds; red: a swap before the batch"
+    )
 
 
 PICTURES: dict[str, tuple[str, Picture]] = {

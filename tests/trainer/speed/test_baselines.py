@@ -58,10 +58,10 @@ def test_the_dispatcher_does_about_as_many_operations_as_the_published_code() ->
     block = make_block(SHAPES[0], batch=8, mix="one task", dtype=torch.float32, device=CPU)
     with _Counting() as counting:
         COLUMNS[DISPATCHER].prepare(block)(block.random_x(1))
-    assert 150 <= counting.operations <= 196
+    assert 176 <= counting.operations <= 196
 
 
-VIEWS = ("view", "_unsafe_view", "t", "slice", "select", "split_with_sizes", "unsqueeze")
+VIEWS = ("view", "t", "slice", "select", "split_with_sizes", "unsqueeze", "detach", "lift_fresh")
 
 
 class _Counting(TorchDispatchMode):
