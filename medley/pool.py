@@ -1,12 +1,12 @@
 """The preallocated slots of one tower: fixed tensors that experts are written into and freed from.
 
-Shapes never change while a server runs, so a captured CUDA graph stays valid whatever tasks come
-and go. An expert that several tasks share (a frozen one, reused by later tasks) is recognised by
-its digest and kept once. The pool is not thread-safe: the thread that runs the model is the one
-that changes it.
+Shapes and addresses never change while a server runs, so a captured CUDA graph stays valid whatever
+tasks come and go. An expert that several tasks share (a frozen one, reused by later tasks) is
+recognised by its digest and kept once. The pool is not thread-safe: the thread that runs the model
+is the one that changes it. Only `pack`, where the work is, may run on any thread.
 
 Legend: N blocks, S slots, R bottleneck, D width, F = R + D, P paths, E experts a path may name in
-one block.
+one block, G experts that a path names in a block.
 """
 
 from __future__ import annotations
@@ -20,19 +20,45 @@ from torch import Tensor
 from kernels.expert_mixing import choose, expert_mixing
 from medley.errors import CapacityError
 from medley.experts import BlockExperts
+from medley.streams import Streams, streams_of
 
-__all__ = ["Capacity", "ExpertPool"]
+__all__ = ["Capacity", "ExpertPool", "PackedExperts"]
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much room is set aside; the memory is taken at once."""
+    """How much room is set aside; the memory is taken at once.
+
+    Raises:
+        ValueError: `max_top_k` is larger than `experts`.
+    """
 
     paths: int = 64
     slots: int = 128  # experts in each block of each tower
     experts: int = 32  # experts one path may name in a block
     bottleneck: int = 64
     max_top_k: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_top_k > self.experts:
+            raise ValueError(f"max_top_k {self.max_top_k} is larger than experts {self.experts}")
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """A path's experts in the shapes and the dtype of a pool, on the host, by block."""
+
+    blocks: Mapping[int, _PackedBlock]
+    top_k: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class _PackedBlock:
+    digests: tuple[str, ...]
+    weights_G2RD: Tensor
+    biases_GF: Tensor
+    router_DE: Tensor
 
 
 @dataclass
@@ -50,7 +76,16 @@ class _BlockSlots:
 
 
 class ExpertPool:
-    """Slots, routers and slot tables of one tower."""
+    """Slots, routers and slot tables of one tower.
+
+    Args:
+        blocks: of the tower.
+        width: of its residual stream.
+        capacity: the slots.
+        device: where the model computes.
+        dtype: of the weights; biases and routers are float32.
+        streams: where copies run; those of the device unless a test has others.
+    """
 
     def __init__(
         self,
@@ -60,9 +95,11 @@ class ExpertPool:
         capacity: Capacity,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        streams: Streams | None = None,
     ) -> None:
         rank, slots, paths = capacity.bottleneck, capacity.slots, capacity.paths
         self.capacity = capacity
+        self._streams = streams or streams_of(device)
         self.weights_NS2RD = torch.zeros(blocks, slots, 2, rank, width, dtype=dtype, device=device)
         self.biases_NSF = torch.zeros(blocks, slots, rank + width, device=device)
         self.routers_NPDE = torch.zeros(blocks, paths, width, capacity.experts, device=device)
@@ -74,33 +111,53 @@ class ExpertPool:
         self._blocks = [_BlockSlots(free=list(range(slots))) for _ in range(blocks)]
         self._held: dict[int, list[tuple[int, str]]] = {}  # path -> (block, digest) it holds
 
-    def load(
-        self, path: int, experts: Mapping[int, BlockExperts], *, top_k: int, scale: float
-    ) -> None:
-        """Write a path's experts into free slots and fill its row of the tables.
+    def pack(
+        self, experts: Mapping[int, BlockExperts], *, top_k: int, scale: float
+    ) -> PackedExperts:
+        """Do what loading takes on the host; any thread may.
 
         Raises:
-            CapacityError: too few free slots, or more experts, ranks or top-k than there is room
-                for. Nothing has changed.
+            CapacityError: more experts, ranks or top-k than there is room for.
+            ValueError: a block is not there, top_k is less than 1, or shapes do not fit.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, must be at least 1")
+        if top_k > self.capacity.max_top_k:
+            raise CapacityError(f"top_k {top_k} is larger than max_top_k {self.capacity.max_top_k}")
+        for block, block_experts in experts.items():
+            self._check(block, block_experts)
+        blocks = {block: self._packed(block_experts) for block, block_experts in experts.items()}
+        return PackedExperts(blocks, top_k, scale)
+
+    def load(self, path: int, packed: PackedExperts) -> None:
+        """Copy a path's experts into free slots and fill its row of the tables.
+
+        The copies run beside what computes now; what is launched after this waits for them.
+
+        Raises:
+            CapacityError: too few free slots. Nothing has changed.
         """
         assert path not in self._held
-        digests = {b: [e.digest(i) for i in range(e.num_experts)] for b, e in experts.items()}
-        self._check_room(experts, digests, top_k)
-        self._held[path] = [(block, digest) for block, row in digests.items() for digest in row]
-        for block, block_experts in experts.items():
-            count = block_experts.num_experts
-            slots = [self._take(block, block_experts, i, d) for i, d in enumerate(digests[block])]
-            self.slots_NPE[block, path, :count] = torch.tensor(slots, device=self.slots_NPE.device)
-            self.routers_NPDE[block, path, :, :count] = block_experts.router_DE.to(
-                self.routers_NPDE
-            )
-        self.top_k_P[path] = top_k
-        self.scale_P[path] = scale
+        self._check_room(packed)
+        self._held[path] = [(b, digest) for b, p in packed.blocks.items() for digest in p.digests]
+        main, up = self._streams.main, self._streams.up
+        up.wait_for(main.record())  # a slot that is free now may be read by what was launched
+        slots = {
+            block: [self._take(block, experts, i) for i in range(len(experts.digests))]
+            for block, experts in packed.blocks.items()
+        }
+        main.wait_for(up.record())
+        main.run(lambda: self._write_row(path, packed, slots))
 
     def unload(self, path: int) -> None:
-        """Clear a path's row and free the slots that no other path holds."""
-        self.slots_NPE[:, path] = -1
-        self.routers_NPDE[:, path] = 0
+        """Clear a path's row and free the slots that no other path holds.
+
+        Raises:
+            ValueError: no such path is loaded.
+        """
+        if path not in self._held:
+            raise ValueError(f"path {path} is not loaded")
+        self._streams.main.run(lambda: self._clear_row(path))
         for block, digest in self._held.pop(path):
             slots = self._blocks[block]
             resident = slots.residents[digest]
@@ -146,44 +203,70 @@ class ExpertPool:
         """Free slots of the fullest block."""
         return min((len(block.free) for block in self._blocks), default=0)
 
-    def _check_room(
-        self, experts: Mapping[int, BlockExperts], digests: dict[int, list[str]], top_k: int
-    ) -> None:
-        capacity = self.capacity
-        if top_k > capacity.max_top_k:
-            raise CapacityError(f"top_k {top_k} is larger than max_top_k {capacity.max_top_k}")
-        for block, block_experts in experts.items():
-            rank = block_experts.down_ERD.shape[1]
-            if rank > capacity.bottleneck:
-                raise CapacityError(f"bottleneck {rank} is larger than {capacity.bottleneck}")
-            if block_experts.num_experts > capacity.experts:
-                raise CapacityError(
-                    f"block {block}: {block_experts.num_experts} experts, "
-                    f"room for {capacity.experts}"
-                )
+    def _check(self, block: int, experts: BlockExperts) -> None:
+        blocks, _, _, full, width = self.weights_NS2RD.shape
+        if not 0 <= block < blocks:
+            raise ValueError(f"there is no block {block}, the tower has {blocks}")
+        count, rank = experts.num_experts, experts.down_ERD.shape[1]
+        for name, shape in (
+            ("down_ERD", (count, rank, width)),
+            ("down_bias_ER", (count, rank)),
+            ("up_ERD", (count, rank, width)),
+            ("up_bias_ED", (count, width)),
+            ("router_DE", (width, count)),
+        ):
+            given = tuple(getattr(experts, name).shape)
+            if given != shape:
+                raise ValueError(f"block {block}: {name} has shape {given}, expected {shape}")
+        if rank > full:
+            raise CapacityError(f"bottleneck {rank} is larger than {full}")
+        if count > self.capacity.experts:
+            raise CapacityError(f"block {block}: {count} experts, room for {self.capacity.experts}")
+
+    def _packed(self, experts: BlockExperts) -> _PackedBlock:
+        count, rank = experts.num_experts, experts.down_ERD.shape[1]
+        _, _, two, full, width = self.weights_NS2RD.shape
+        host, dtype = self._streams.host_tensor, self.weights_NS2RD.dtype
+        weights_G2RD = host(count, two, full, width, dtype=dtype)
+        biases_GF = host(count, full + width, dtype=torch.float32)
+        router_DE = host(width, self.capacity.experts, dtype=torch.float32)
+        # A smaller rank is padded with zeros: relu(0 + 0) = 0 adds nothing.
+        weights_G2RD[:, 0, :rank] = experts.down_ERD
+        weights_G2RD[:, 1, :rank] = experts.up_ERD
+        biases_GF[:, :rank] = experts.down_bias_ER
+        biases_GF[:, full:] = experts.up_bias_ED
+        router_DE[:, :count] = experts.router_DE
+        digests = tuple(experts.digest(i) for i in range(count))
+        return _PackedBlock(digests, weights_G2RD, biases_GF, router_DE)
+
+    def _check_room(self, packed: PackedExperts) -> None:
+        for block, experts in packed.blocks.items():
             slots = self._blocks[block]
-            wanted = len(set(digests[block]) - set(slots.residents))
+            wanted = len(set(experts.digests) - set(slots.residents))
             if wanted > len(slots.free):
                 raise CapacityError(
                     f"block {block}: {wanted} expert slots needed, {len(slots.free)} free"
                 )
 
-    def _take(self, block: int, experts: BlockExperts, index: int, digest: str) -> int:
-        slots = self._blocks[block]
+    def _take(self, block: int, experts: _PackedBlock, index: int) -> int:
+        slots, digest = self._blocks[block], experts.digests[index]
         resident = slots.residents.get(digest)
         if resident is None:
             resident = slots.residents[digest] = _Resident(slots.free.pop(), holders=0)
-            self._write(block, resident.slot, experts, index)
+            up, slot = self._streams.up, resident.slot
+            up.copy(self.weights_NS2RD[block, slot], experts.weights_G2RD[index])
+            up.copy(self.biases_NSF[block, slot], experts.biases_GF[index])
         resident.holders += 1
         return resident.slot
 
-    def _write(self, block: int, slot: int, experts: BlockExperts, index: int) -> None:
-        # A smaller rank is padded with zeros: relu(0 + 0) = 0 adds nothing.
-        rank, full = experts.down_ERD.shape[1], self.capacity.bottleneck
-        weights_2RD, biases_F = self.weights_NS2RD[block, slot], self.biases_NSF[block, slot]
-        weights_2RD.zero_()
-        biases_F.zero_()
-        weights_2RD[0, :rank] = experts.down_ERD[index].to(weights_2RD)
-        weights_2RD[1, :rank] = experts.up_ERD[index].to(weights_2RD)
-        biases_F[:rank] = experts.down_bias_ER[index].to(biases_F)
-        biases_F[full:] = experts.up_bias_ED[index].to(biases_F)
+    def _write_row(self, path: int, packed: PackedExperts, slots: Mapping[int, list[int]]) -> None:
+        for block, experts in packed.blocks.items():
+            row_G = torch.tensor(slots[block], dtype=torch.int64)
+            self.slots_NPE[block, path, : len(row_G)] = row_G.to(self.slots_NPE.device)
+            self.routers_NPDE[block, path].copy_(experts.router_DE, non_blocking=True)
+        self.top_k_P[path] = packed.top_k
+        self.scale_P[path] = packed.scale
+
+    def _clear_row(self, path: int) -> None:
+        self.slots_NPE[:, path] = -1
+        self.routers_NPDE[:, path] = 0

@@ -26,11 +26,11 @@ from medley.errors import BackboneError, CapacityError
 from medley.experts import TaskExperts
 from medley.extractor import Extractor
 from medley.fused import ImagePass, Mixing, exact_pass, fast_pass
-from medley.pool import Capacity, ExpertPool
+from medley.pool import Capacity, ExpertPool, PackedExperts
 from medley.precision import Precision, dtype_of
 from medley.routed_text import RoutedText
 
-__all__ = ["ZERO_SHOT", "Frozen", "RoutedModel"]
+__all__ = ["ZERO_SHOT", "Frozen", "PackedTask", "RoutedModel"]
 
 ZERO_SHOT = -1
 
@@ -43,6 +43,14 @@ class Frozen:
     taps: dict[str, Tensor]  # pooled features by name, float32 (B, F)
     features_BE: Tensor | None  # zero-shot image features, if the pass went through all blocks
     depth: int  # first_expert_block as it was
+
+
+@dataclass(frozen=True)
+class PackedTask:
+    """A task version's experts as the pools of one model take them."""
+
+    vision: PackedExperts
+    text: PackedExperts | None
 
 
 class RoutedModel:
@@ -98,28 +106,46 @@ class RoutedModel:
         """The paths that are loaded."""
         return frozenset(self._firsts)
 
-    def load(self, experts: TaskExperts) -> int:
-        """Load a task version into free slots.
+    def pack(self, experts: TaskExperts) -> PackedTask:
+        """Do what loading a task version takes on the host; any thread may.
+
+        Raises:
+            CapacityError: it has more experts, ranks or top-k than there is room for.
+            BackboneError: text experts for a text tower that takes none, or experts before
+                `first_expert_block`.
+            ValueError: experts of other shapes than these towers have.
+        """
+        self._check(experts)
+        top_k, scale = experts.top_k, experts.scale
+        vision, text = self._vision.pack(experts.vision, top_k=top_k, scale=scale), None
+        if experts.text:
+            assert self._text is not None
+            text = self._text.pool.pack(experts.text, top_k=top_k, scale=scale)
+        return PackedTask(vision, text)
+
+    def load(self, task: TaskExperts | PackedTask) -> int:
+        """Load a task version into free slots; one that is packed asks little of this thread.
 
         Returns:
             its path, >= 0.
 
         Raises:
             CapacityError: no free path, or too few free slots; nothing has changed.
-            BackboneError: text experts for a text tower that takes none, or experts before
-                `first_expert_block`.
+            BackboneError, ValueError: as for `pack`.
         """
-        self._check(experts)
+        if not self._free_paths:
+            raise CapacityError(f"all {self.capacity.paths} paths are taken")
+        packed = self.pack(task) if isinstance(task, TaskExperts) else task
         path = self._free_paths[-1]
-        self._vision.load(path, experts.vision, top_k=experts.top_k, scale=experts.scale)
-        if experts.text:
+        self._vision.load(path, packed.vision)
+        if packed.text is not None:
             assert self._text is not None
             try:
-                self._text.load(path, experts)
+                self._text.load(path, packed.text)
             except CapacityError:
                 self._vision.unload(path)
                 raise
-        self._firsts[path] = min(experts.vision, default=len(self._image.steps))
+        self._firsts[path] = min(packed.vision.blocks, default=len(self._image.steps))
         return self._free_paths.pop()
 
     def unload(self, path: int) -> None:
@@ -207,8 +233,6 @@ class RoutedModel:
         )
 
     def _check(self, experts: TaskExperts) -> None:
-        if not self._free_paths:
-            raise CapacityError(f"all {self.capacity.paths} paths are taken")
         if experts.text and self._text is None:
             raise BackboneError(f"the text tower of {self.backbone.name} takes no experts")
         early = [block for block in experts.vision if block < (self._fixed_first or 0)]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.expert_mixing import choose, mix
-from medley.experts import TaskExperts
-from medley.pool import ExpertPool
+from medley.pool import ExpertPool, PackedExperts
 from medley.tower import TextTower
 
 __all__ = ["RoutedText"]
@@ -44,13 +43,13 @@ class RoutedText:
     def __contains__(self, path: int) -> bool:
         return path in self._paths
 
-    def load(self, path: int, experts: TaskExperts) -> None:
+    def load(self, path: int, packed: PackedExperts) -> None:
         """Load a path's text experts.
 
         Raises:
             CapacityError: there is no room for them; nothing has changed.
         """
-        self.pool.load(path, experts.text, top_k=experts.top_k, scale=experts.scale)
+        self.pool.load(path, packed)
         self._paths.add(path)
 
     def unload(self, path: int) -> None:

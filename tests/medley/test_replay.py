@@ -313,7 +313,7 @@ def test_two_batches_are_in_flight_and_a_third_waits_for_the_first(backbone: Bac
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_capture_waits_for_the_batches_in_flight(backbone: Backbone, seed: int) -> None:
-    """Here the answers have been computed but not fetched when a task comes that wants the image."""
+    """The answers are computed but not yet fetched when a task comes that wants the image."""
     streams = LateStreams(seed)
     pair = Pair(backbone, streams=streams, first_expert_block=1)
     asks = [Ask(pair.load(1)), Ask()]
