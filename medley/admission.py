@@ -9,6 +9,8 @@ Legend: N self-test images, C classes, E joint embedding width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,19 @@ from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
 from medley.errors import BackboneError, BundleError
 from medley.manifest import BackboneRef
+from medley.routed import PackedTask
+from medley.selector import TaskSelector
 
-__all__ = ["admit", "backbone_ref", "record_self_test", "retire"]
+__all__ = ["PackedBundle", "admit", "backbone_ref", "pack", "record_self_test", "retire"]
+
+
+@dataclass(frozen=True)
+class PackedBundle:
+    """A bundle that suits the backbone of a classifier, ready for its slots."""
+
+    bundle: Bundle
+    task: PackedTask
+    selector: TaskSelector
 
 
 def backbone_ref(classifier: Classifier) -> BackboneRef:
@@ -53,25 +66,38 @@ def record_self_test(
     }
 
 
-def admit(bundle: Bundle, classifier: Classifier) -> int:
+def pack(bundle: Bundle, classifier: Classifier) -> PackedBundle:
+    """Do what admitting a bundle takes on the host; any thread may.
+
+    Raises:
+        BundleError: it is for another backbone (code `wrong_backbone`, every difference is listed).
+        CapacityError: it is larger than the slots of this classifier.
+    """
+    _check_backbone(bundle, classifier)
+    try:
+        task = classifier.model.pack(bundle.task_experts())
+    except BackboneError as error:
+        raise BundleError([str(error)], code="wrong_backbone") from error
+    return PackedBundle(bundle, task, bundle.selector())
+
+
+def admit(bundle: Bundle | PackedBundle, classifier: Classifier) -> int:
     """Load a bundle, run its self-test on the real model, and make it routable.
 
     Returns:
         its path.
 
     Raises:
-        BundleError: it is for another backbone (code `wrong_backbone`, every difference is listed),
-            or answers otherwise than when it was made (`self_test_failed`). Nothing stays loaded.
+        BundleError: as for `pack`, or it answers otherwise than when it was made
+            (`self_test_failed`). Nothing stays loaded.
         CapacityError: there is no room for it. Nothing stays loaded.
     """
-    _check_backbone(bundle, classifier)
+    packed = pack(bundle, classifier) if isinstance(bundle, Bundle) else bundle
+    path = classifier.model.load(packed.task)
     try:
-        path = classifier.model.load(bundle.task_experts())
-    except BackboneError as error:
-        raise BundleError([str(error)], code="wrong_backbone") from error
-    try:
-        classifier.selectors.add(path, bundle.selector())
-        _run_self_test(bundle, classifier, path)
+        classifier.selectors.add(path, packed.selector)
+        classifier.prepare()
+        _run_self_test(packed.bundle, classifier, path)
     except (BackboneError, ValueError) as error:  # DDAS looks at a feature that is not here
         retire(path, classifier)
         raise BundleError([f"DDAS: {error}"], code="wrong_backbone") from error
@@ -86,6 +112,7 @@ def retire(path: int, classifier: Classifier) -> None:
     if path in classifier.selectors.tasks:
         classifier.selectors.remove(path)
     classifier.model.unload(path)
+    classifier.prepare()
 
 
 def _check_backbone(bundle: Bundle, classifier: Classifier) -> None:

@@ -16,6 +16,7 @@ from medley.extractor import Extractor, load_alexnet
 from medley.images import ImageLimits
 from medley.pool import Capacity
 from medley.prompts import class_text_features
+from medley.replay import ReplayedClassifier
 from medley.routed import RoutedModel
 from service import openapi, problems
 from service.classification import Classification
@@ -105,6 +106,7 @@ async def _start(
         on_step=on_step,
     )
     await service_tasks.restore()
+    await asyncio.wrap_future(engine.run(classifier.prepare))
     await asyncio.wrap_future(engine.prove())  # not ready before a forward has succeeded
     decoders = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, "decode"))
     classification = Classification(
@@ -144,7 +146,15 @@ def _classifier(
         bottleneck=settings.max_bottleneck,
         max_top_k=settings.max_top_k,
     )
-    model = RoutedModel(backbone, capacity=capacity, extractors=extractors)
+    model = RoutedModel(
+        backbone,
+        precision=settings.precision,
+        first_expert_block=None,
+        capacity=capacity,
+        extractors=extractors,
+    )
+    if backbone.device.type == "cuda":
+        return ReplayedClassifier(model, buckets=settings.buckets)
     return Classifier(model, buckets=settings.buckets)
 
 

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from medley.classifier import check_buckets
+from medley.precision import Precision
 
 __all__ = ["Settings"]
 
@@ -51,6 +52,9 @@ class Settings(BaseSettings):
     device: str = Field(default="cpu", description="Torch device that computes")
     threads: int = Field(
         default=0, ge=0, description="Torch threads on a CPU; 0 leaves torch's choice"
+    )
+    precision: Precision = Field(
+        default="exact", description="How the image tower computes: exact, fp32 or bf16"
     )
     paths: int = Field(default=64, ge=1, description="Task versions that may be on the device")
     slots: int = Field(default=128, ge=1, description="Expert slots per block and tower")

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medley.admission import admit, retire
+from medley.admission import PackedBundle, admit, pack, retire
 from medley.bundle import Bundle, read_bundle
 from medley.classifier import Classifier
 from medley.errors import MedleyError
@@ -201,8 +201,9 @@ class Tasks:
     async def _admitted(self, record: VersionRecord, bundle: Bundle) -> Resident:
         start_s = time.monotonic()
         try:
+            packed = await asyncio.to_thread(pack, bundle, self._classifier)
             resident = await asyncio.wrap_future(
-                self._engine.run(lambda: self._admit(record, bundle))
+                self._engine.run(lambda: self._admit(record, packed))
             )
         except MedleyError:
             self._metrics.bundle_loads.labels("refused").inc()
@@ -211,11 +212,12 @@ class Tasks:
         self._metrics.bundle_load_s.observe(time.monotonic() - start_s)
         return resident
 
-    def _admit(self, record: VersionRecord, bundle: Bundle) -> Resident:
+    def _admit(self, record: VersionRecord, packed: PackedBundle) -> Resident:
         """Runs on the engine's thread."""
-        manifest, model = bundle.manifest, self._classifier.model
+        bundle, model = packed.bundle, self._classifier.model
+        manifest = bundle.manifest
         names = tuple(manifest.class_names)
-        path = admit(bundle, self._classifier)
+        path = admit(packed, self._classifier)
         try:
             zero_shot = class_text_features(model, names, manifest.templates)
         except BaseException:
@@ -227,7 +229,7 @@ class Tasks:
             templates=tuple(manifest.templates),
             own=LabelSet("task", names, bundle.tensors["class_text_features"].float()),
             zero_shot=LabelSet("task", names, zero_shot.cpu()),
-            threshold=bundle.selector().threshold,
+            threshold=packed.selector.threshold,
         )
 
     def _read(self, path: Path) -> Bundle:
