@@ -22,11 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-__all__ = ["ARCHITECTURES", "Architecture", "Call", "Compiled", "Launch", "compiled"]
+__all__ = ["ARCHITECTURES", "Architecture", "Call", "Compiled", "Launch", "compiled", "source"]
 
-Architecture = Literal["sm_80", "sm_90"]
+Architecture = Literal["sm_80", "sm_86", "sm_89", "sm_90"]
 ARCHITECTURES: dict[Architecture, int] = {  # and the most bytes of shared memory a program may have
     "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
 }
 _TYPES = {
@@ -108,7 +110,7 @@ def compiled(kernel: Any, call: Call, architecture: Architecture) -> Compiled:
         "enable_fp_fusion": True,
     }
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), _WARP_SIZE)
-    binary = triton.compile(_source(kernel, call), target=target, options=options)
+    binary = triton.compile(source(kernel, call), target=target, options=options)
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(binary.asm["cubin"])
@@ -123,8 +125,12 @@ def compiled(kernel: Any, call: Call, architecture: Architecture) -> Compiled:
     )
 
 
-def _source(kernel: Any, call: Call) -> Any:
-    """Say what a launch would: types, constants, and which numbers 16 divides."""
+def source(kernel: Any, call: Call) -> Any:
+    """Return what a launch would give the compiler: types, constants, which numbers 16 divides.
+
+    It is Triton's `ASTSource`. Two launches whose sources have one `hash()` share a program, so the
+    second of them compiles nothing.
+    """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(call.constants)
     attributes: dict[tuple[int], list[list[object]]] = {}
