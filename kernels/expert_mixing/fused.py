@@ -20,7 +20,16 @@ from torch import Tensor
 
 from kernels.expert_mixing.table import Launch, find
 
-__all__ = ["Call", "Norm", "Router", "kernel", "prepare"]
+__all__ = [
+    "Call",
+    "Norm",
+    "Router",
+    "expert_mixing",
+    "expert_mixing_norm",
+    "kernel",
+    "mix",
+    "prepare",
+]
 
 
 @triton.jit
@@ -425,3 +434,92 @@ def prepare(
         },
         launch=launch,
     )
+
+
+def mix(
+    x_BLD: Tensor,
+    slots_BK: Tensor,
+    gates_BK: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    *,
+    relu: bool = True,
+    keep_BLH: Tensor | None = None,
+) -> Tensor:
+    """Launch what `reference.mix` defines; a slot out of range adds nothing."""
+    y_BLD = torch.empty_like(x_BLD)
+    prepare(
+        x_BLD,
+        y_BLD,
+        weights_S2RD=weights_S2RD,
+        biases_SF=biases_SF,
+        slots=slots_BK,
+        gates_BK=gates_BK,
+        keep_BLH=keep_BLH,
+        max_top_k=slots_BK.shape[1],
+        relu=relu,
+    ).run()
+    return y_BLD
+
+
+def expert_mixing(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    *,
+    max_top_k: int,
+) -> Tensor:
+    """Launch what `reference.expert_mixing` defines; a path or slot out of range is none."""
+    y_BLD = torch.empty_like(x_BLD)
+    prepare(
+        x_BLD,
+        y_BLD,
+        weights_S2RD=weights_S2RD,
+        biases_SF=biases_SF,
+        slots=slots_PE,
+        router=Router(paths_B=paths_B, routers_PDE=routers_PDE, top_k_P=top_k_P, scale_P=scale_P),
+        max_top_k=max_top_k,
+    ).run()
+    return y_BLD
+
+
+def expert_mixing_norm(
+    x_BLD: Tensor,
+    paths_B: Tensor,
+    weights_S2RD: Tensor,
+    biases_SF: Tensor,
+    routers_PDE: Tensor,
+    slots_PE: Tensor,
+    top_k_P: Tensor,
+    scale_P: Tensor,
+    out_bias_D: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    *,
+    max_top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch what `reference.expert_mixing_norm` defines; a path or slot out of range is none."""
+    r_BLD, z_BLD = torch.empty_like(x_BLD), torch.empty_like(x_BLD)
+    prepare(
+        x_BLD,
+        r_BLD,
+        weights_S2RD=weights_S2RD,
+        biases_SF=biases_SF,
+        slots=slots_PE,
+        router=Router(paths_B=paths_B, routers_PDE=routers_PDE, top_k_P=top_k_P, scale_P=scale_P),
+        norm=Norm(
+            z_BLD=z_BLD,
+            out_bias_D=out_bias_D,
+            weight_D=norm_weight_D,
+            bias_D=norm_bias_D,
+            eps=eps,
+        ),
+        max_top_k=max_top_k,
+    ).run()
+    return r_BLD, z_BLD

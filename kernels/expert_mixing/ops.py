@@ -131,22 +131,12 @@ def mix_cuda(
     keep_BLH: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """Launch `mix`'s form of the kernel; nothing is checked."""
-    from kernels.expert_mixing import fused  # triton is there on Linux alone
+    """Run `mix` on the kernel; nothing is checked."""
+    from kernels.expert_mixing import fused  # here: Triton is there on Linux alone
 
-    y_BLD = torch.empty_like(x_BLD)
-    fused.prepare(
-        x_BLD,
-        y_BLD,
-        weights_S2RD=weights_S2RD,
-        biases_SF=biases_SF,
-        slots=slots_BK,
-        gates_BK=gates_BK,
-        keep_BLH=keep_BLH,
-        max_top_k=slots_BK.shape[1],
-        relu=relu,
-    ).run()
-    return y_BLD
+    return fused.mix(
+        x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, keep_BLH=keep_BLH, relu=relu
+    )
 
 
 @torch.library.custom_op("medley::expert_mixing", mutates_args=(), device_types="cuda")
@@ -161,22 +151,11 @@ def expert_mixing_cuda(
     scale_P: Tensor,
     max_top_k: int,
 ) -> Tensor:
-    """Launch `expert_mixing`'s form of the kernel; nothing is checked."""
+    """Run `expert_mixing` on the kernel; nothing is checked."""
     from kernels.expert_mixing import fused
 
-    y_BLD = torch.empty_like(x_BLD)
-    fused.prepare(
-        x_BLD,
-        y_BLD,
-        weights_S2RD=weights_S2RD,
-        biases_SF=biases_SF,
-        slots=slots_PE,
-        router=fused.Router(
-            paths_B=paths_B, routers_PDE=routers_PDE, top_k_P=top_k_P, scale_P=scale_P
-        ),
-        max_top_k=max_top_k,
-    ).run()
-    return y_BLD
+    routing = (paths_B, weights_S2RD, biases_SF, routers_PDE, slots_PE, top_k_P, scale_P)
+    return fused.expert_mixing(x_BLD, *routing, max_top_k=max_top_k)
 
 
 @torch.library.custom_op("medley::expert_mixing_norm", mutates_args=(), device_types="cuda")
@@ -195,29 +174,12 @@ def expert_mixing_norm_cuda(
     max_top_k: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `expert_mixing_norm`'s form of the kernel; nothing is checked."""
+    """Run `expert_mixing_norm` on the kernel; nothing is checked."""
     from kernels.expert_mixing import fused
 
-    r_BLD, z_BLD = torch.empty_like(x_BLD), torch.empty_like(x_BLD)
-    fused.prepare(
-        x_BLD,
-        r_BLD,
-        weights_S2RD=weights_S2RD,
-        biases_SF=biases_SF,
-        slots=slots_PE,
-        router=fused.Router(
-            paths_B=paths_B, routers_PDE=routers_PDE, top_k_P=top_k_P, scale_P=scale_P
-        ),
-        norm=fused.Norm(
-            z_BLD=z_BLD,
-            out_bias_D=out_bias_D,
-            weight_D=norm_weight_D,
-            bias_D=norm_bias_D,
-            eps=eps,
-        ),
-        max_top_k=max_top_k,
-    ).run()
-    return r_BLD, z_BLD
+    routing = (paths_B, weights_S2RD, biases_SF, routers_PDE, slots_PE, top_k_P, scale_P)
+    norm = (out_bias_D, norm_weight_D, norm_bias_D)
+    return fused.expert_mixing_norm(x_BLD, *routing, *norm, max_top_k=max_top_k, eps=eps)
 
 
 @mix_cuda.register_fake
