@@ -109,7 +109,8 @@ SPACES = {
                 (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)
             )
         ),
-        tolerance=1e-5,
+        # float32 sums on tensor cores, which cut off where others round.
+        tolerance=3e-5,
         row=_scoring_row,
     ),
 }

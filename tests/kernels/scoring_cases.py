@@ -1,20 +1,15 @@
-"""A process in which Triton interprets: there the fused autoencoder kernel runs on a CPU.
+"""What the interpreter's process does for tests of the autoencoder kernel.
 
-Triton decides when a kernel is imported whether to interpret it, and tests beside these compile the
-same kernel. Whatever the kernel reads lies between numbers that are none, and so does what it
-writes: what it reads or writes outside of its tensors shows.
+Whatever the kernel reads lies between numbers that are none, and so does what it writes: what it
+reads or writes outside of its tensors shows.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -22,29 +17,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["Edit", "interpreter", "score"]
+__all__ = ["Edit", "score"]
 
 Edit = tuple[str, str]  # what the source of the kernel says, and what it shall say instead
 
 _FOLDERS: list[TemporaryDirectory[str]] = []  # the interpreter reads a kernel's source as it runs
 _MARGIN = 2**16  # numbers; more than a tile of any test reaches over
-
-
-@contextmanager
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """Start a process for `score`."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        pool.submit(os.getpid).result()  # the process starts with the first job
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    with pool:
-        yield pool
 
 
 def score(
@@ -55,7 +33,6 @@ def score(
     Raises:
         IndexError: it wrote outside of its errors.
     """
-    torch.set_num_threads(1)
     B, T = len(features_BF), len(weights[0])
     memory = torch.full((B * T + 2 * _MARGIN,), torch.nan)
     errors_BT = memory[_MARGIN : _MARGIN + B * T].view(B, T)
