@@ -24,5 +24,6 @@ PLAIN = {torch.float32: _FLOAT32, **{dtype: 3.5 * eps for dtype, eps in _EPS.ite
 # An autoencoder's error, of itself: a mean of squares, so nothing cancels, of numbers that are sums
 # of up to 1,024 terms in steps, each sum off by a few eps / 2.
 SCORED = 2e-6
-# What "tf32x3" leaves out of a product is at most 2**-21 of it: four times what float32 would.
-SCORED_ON_TENSOR_CORES = 8e-6
+# On tensor cores a sum takes a step for every 8 of its terms, thrice ("tf32x3"), and each cuts off
+# what float32 cannot hold: at most 288 times eps / 2 of the largest part of a sum of 768.
+SCORED_ON_TENSOR_CORES = 3e-5
