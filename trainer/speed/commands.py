@@ -41,7 +41,8 @@ class PrecisionName(StrEnum):
 Out = Annotated[Path, typer.Option("--out", help="Folder of lines, report and picture.")]
 Device = Annotated[DeviceName, typer.Option(help="What is measured.")]
 Repeats = Annotated[
-    int | None, typer.Option(min=1, help="Rounds of each row; 5 on a CPU, 50 on a GPU.")
+    int | None,
+    typer.Option(min=1, help="Rounds of each row, at least; 3 to 5 on a CPU, 50 on a GPU."),
 ]
 Batch = Annotated[list[int] | None, typer.Option(min=1, help="Only this size; repeat for more.")]
 Backbones = Annotated[

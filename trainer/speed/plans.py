@@ -22,6 +22,7 @@ BATCHES, GPU_BATCHES = (1, 8, 32), (1, 8, 32, 64, 256)
 LARGE_BATCHES = (1, 8)
 BACKBONES, GPU_BACKBONES = (MINI, "ViT-B-16"), (MINI, "ViT-B-16", "ViT-L-14")
 REPEATS, GPU_REPEATS = 5, 50
+TOWER_REPEATS = 3  # at least: a quick tower has more, until seconds are over
 
 OnRow = Callable[[int], object]
 
@@ -68,7 +69,7 @@ def model_bench(
     plan = ModelPlan(
         device=device,
         backbones=_backbones(device, backbones, batches),
-        repeats=repeats or _repeats(device),
+        repeats=repeats or _repeats(device, TOWER_REPEATS),
         precisions=precisions or PRECISIONS,
         tasks=tasks,
         first_expert_block=first_expert_block,
@@ -128,8 +129,8 @@ def _backbones(
     return tuple((open_backbone(name, device), batches or usual(name)) for name in chosen)
 
 
-def _repeats(device: torch.device) -> int:
-    return GPU_REPEATS if device.type == "cuda" else REPEATS
+def _repeats(device: torch.device, on_cpu: int = REPEATS) -> int:
+    return GPU_REPEATS if device.type == "cuda" else on_cpu
 
 
 def _precision(device: torch.device) -> Precision:

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,22 +22,26 @@ import torch
 from torch import Tensor
 
 from medley.backbone import Backbone
-from medley.classifier import Ask, Classifier
+from medley.classifier import Ask
 from medley.experts import TaskExperts
 from medley.pool import Capacity
 from medley.precision import Precision
-from medley.routed import RoutedModel
+from medley.routed import PackedTask, RoutedModel
 from medley.selector import TaskSelector
 from trainer.bench.memory import reset_peak_memory
 from trainer.speed.block import BOTTLENECK, TOP_K
 from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector, random_task
+from trainer.speed.towers import open_classifier
 
 __all__ = ["EVERY_S", "LEAK", "PARTS", "THROUGHPUT", "SwapPlan", "measure_swap"]
 
 PARTS, THROUGHPUT, LEAK = "parts", "throughput", "leak"  # the rows, by "what"
 EVERY_S = {"no swaps": math.inf, "a swap every second": 1.0, "a swap every 100 ms": 0.1}
 VERSIONS = 8  # different bundles that take turns
+
+Version = tuple[TaskExperts, TaskSelector]
+PackedVersion = tuple[PackedTask, TaskSelector]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +91,14 @@ class _Stage:
             max_top_k=TOP_K,
         )
         model = RoutedModel(plan.backbone, precision=plan.precision, capacity=capacity)
-        self.classifier = Classifier(model, buckets=(plan.batch,))
+        self.classifier = open_classifier(model, plan.batch)
         self.parts_s: dict[str, list[float]] = {}
         self._device = plan.device
-        stay = [self._enter(*_version(plan.backbone, 100 + i)) for i in range(plan.tasks)]
+        stay = [
+            self._enter(self._packed(_version(plan.backbone, 100 + i))) for i in range(plan.tasks)
+        ]
         self._versions = cycle([_version(plan.backbone, i) for i in range(VERSIONS)])
-        self.load()
+        self.load(self.pack())
         shape = (plan.batch, 3, *plan.backbone.image_size)
         generator = torch.Generator().manual_seed(0)
         self._pixels_BCHW = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
@@ -99,9 +106,13 @@ class _Stage:
         self.answers()  # what is slow the first time is slow here
         self.parts_s.clear()
 
-    def load(self) -> None:
-        """Let the next version come."""
-        self._path = self._enter(*next(self._versions))
+    def pack(self) -> PackedVersion:
+        """Do the host's part of loading the next version; any thread may."""
+        return self._packed(next(self._versions))
+
+    def load(self, packed: PackedVersion) -> None:
+        """Let a version come."""
+        self._path = self._enter(packed)
 
     def unload(self) -> None:
         """Let the one that is there go."""
@@ -114,15 +125,19 @@ class _Stage:
         """Features of a batch for the tasks that stay, (B, E)."""
         return self.classifier.route(self._pixels_BCHW, self._asks).features_BE.clone()
 
-    def _enter(self, experts: TaskExperts, selector: TaskSelector) -> int:
-        with self._part("of that, digests"):
-            for block in experts.vision.values():
-                for expert in range(block.num_experts):
-                    block.digest(expert)
+    def _packed(self, version: Version) -> PackedVersion:
+        experts, selector = version
+        with self._part("packing, off the thread that serves"):
+            return self.classifier.model.pack(experts), selector
+
+    def _enter(self, packed: PackedVersion) -> int:
+        task, selector = packed
         with self._part("experts enter"):
-            path = self.classifier.model.load(experts)
+            path = self.classifier.model.load(task)
         with self._part("selector enters"):
             self.classifier.selectors.add(path, selector)
+        with self._part("graphs made ready"):
+            self.classifier.prepare()
         return path
 
     @contextmanager
@@ -134,7 +149,7 @@ class _Stage:
         self.parts_s.setdefault(name, []).append(time.perf_counter() - started_s)
 
 
-def _version(backbone: Backbone, seed: int) -> tuple[TaskExperts, TaskSelector]:
+def _version(backbone: Backbone, seed: int) -> Version:
     selector = random_selector(backbone.image.width, seed=seed)
     return random_task(backbone, seed=seed), selector
 
@@ -155,7 +170,7 @@ def _measure_leak(
         stage.unload()
         checked = swap % every == 0
         seen = [stage.answers()] if checked else []
-        stage.load()
+        stage.load(stage.pack())
         if checked:
             seen.append(stage.answers())
             compared += sum(len(answers_BE) for answers_BE in seen)
@@ -214,15 +229,19 @@ class _Segment:
 
 
 def _serve(stage: _Stage, every_s: float, for_s: float) -> _Segment:
-    """Run batches for a while, and between two of them a swap whenever one is due."""
+    """Run batches for a while; what is due is packed beside them and swapped between two."""
     started_s, due_s = time.perf_counter(), every_s / 2
     ends, swaps = [0.0], []
-    while ends[-1] < for_s:
-        if ends[-1] >= due_s:
-            swaps.append(ends[-1])
-            stage.unload()
-            stage.load()
-            due_s += every_s
-        stage.answers()
-        ends.append(time.perf_counter() - started_s)
+    packing: Future[PackedVersion] | None = None
+    with ThreadPoolExecutor(1) as aside:
+        while ends[-1] < for_s:
+            if packing is None and ends[-1] >= due_s:
+                packing, due_s = aside.submit(stage.pack), due_s + every_s
+            if packing is not None and packing.done():
+                swaps.append(ends[-1])
+                stage.unload()
+                stage.load(packing.result())
+                packing = None
+            stage.answers()
+            ends.append(time.perf_counter() - started_s)
     return _Segment(tuple(ends[1:]), tuple(swaps))

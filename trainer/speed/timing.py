@@ -19,6 +19,7 @@ __all__ = ["Timed", "Work", "graphed", "in_turns", "seconds"]
 Work = Callable[[], object]
 
 LEAST_SAMPLE_S = 0.004  # shorter work is repeated within a round: clocks and interrupts
+LONG_S = 0.25  # it is warm after one call, and a sample by itself
 MOST_CALLS, MOST_ROUNDS = 200, 400
 
 
@@ -100,9 +101,10 @@ def _captured(work: Work) -> Work:
 
 
 def _warm_up(works: Sequence[Work], device: torch.device) -> int:
-    """Run twice what compiles or allocates at first; return how many passes make a sample."""
-    seconds(works, device=device)
+    """Run what compiles or allocates at first; return how many passes make a sample."""
     passed_s = seconds(works, device=device)
+    if passed_s < LONG_S:
+        passed_s = seconds(works, device=device)
     return min(MOST_CALLS, max(1, round(LEAST_SAMPLE_S / max(passed_s, 1e-9))))
 
 
