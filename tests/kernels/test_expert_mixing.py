@@ -158,7 +158,7 @@ def test_gradients_reach_experts_router_and_input() -> None:
 def test_a_task_id_beyond_the_table_is_refused() -> None:
     p = problem(rows=2, tokens=4, width=16, rank=4, experts=3, paths=2, top_k=2, seed=9)
     p["paths_B"] = torch.tensor([0, 2])
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="paths_B holds 2, there are 2"):
         expert_mixing(**p, max_top_k=2)
 
 
