@@ -205,6 +205,7 @@ def kernel(
     split = program % SPLIT
     tile = program // SPLIT % tiles
     b = (program // (SPLIT * tiles)).to(tl.int64)
+    # int64 to find the row, int32 within it: wider offsets of a tile would cost 10 registers.
     x_ptr += b * L * D
     y_ptr += b * L * D
     if NORM:
@@ -332,7 +333,7 @@ class Call:
     """One launch, prepared: what the kernel is compiled for, and what it runs on."""
 
     grid: tuple[int]
-    arguments: dict[str, Tensor | float | None]
+    arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, int]
     launch: Launch
 
@@ -346,6 +347,7 @@ class Call:
                 **self.constants,
                 num_warps=self.launch.num_warps,
                 num_stages=self.launch.num_stages,
+                enable_fp_fusion=True,  # said, since Triton 3.10 turns the default around
             )
 
 
