@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.speed.measurement import Journal
-from trainer.speed.timing import Work, in_turns
+from trainer.speed.timing import Pass, Work, in_turns
 
 __all__ = ["measure_ceiling"]
 
@@ -26,7 +26,7 @@ def measure_ceiling(
     side = SIDE[device.type]
     columns: dict[str, Work] = {"copy": lambda: target.copy_(source)}
     columns |= {f"matmul {_name(dtype)}": _product(side, dtype, device) for dtype in dtypes}
-    timed = in_turns({n: [w] for n, w in columns.items()}, device=device, repeats=repeats)
+    timed = in_turns({n: Pass(w) for n, w in columns.items()}, device=device, repeats=repeats)
     for name, one in timed.items():
         values = {}
         if one.times_s and name == "copy":

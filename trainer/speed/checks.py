@@ -15,6 +15,7 @@ from trainer.speed.baselines import oracle
 from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.block import Block, Shape, make_block
 from trainer.speed.measurement import Conditions, Journal, Measurement
+from trainer.speed.timing import reason
 
 __all__ = ["LIMITS", "check_kernels", "right"]
 
@@ -54,16 +55,10 @@ def _write(
 ) -> None:
     try:
         for name, got, exact in results:
-            values = {"error": _finite(relative_error(got, exact)), "limit": limit}
+            values = {"error": relative_error(got, exact), "limit": limit}
             journal.add("check", at, name, values=values)
     except Exception as error:  # a kernel that does not even start is a result of the run
-        reason = f"{type(error).__name__}: {error}"[:200]
-        journal.add("check", at, "stopped", values={"limit": limit}, failure=reason)
-
-
-def _finite(error: float) -> float:
-    """A number that JSON can hold; what is not a number is as wrong as can be."""
-    return min(error, 1e9) if error == error else 1e9
+        journal.add("check", at, "stopped", values={"limit": limit}, failure=reason(error))
 
 
 def _mixing(block: Block) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -42,7 +42,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of lines, report and pi
 Device = Annotated[DeviceName, typer.Option(help="What is measured.")]
 Repeats = Annotated[
     int | None,
-    typer.Option(min=1, help="Rounds of each row, at least; 3 to 5 on a CPU, 50 on a GPU."),
+    typer.Option(min=1, help="Rounds of each row, at least; 3 to 5 on a CPU, 20 on a GPU."),
 ]
 Batch = Annotated[list[int] | None, typer.Option(min=1, help="Only this size; repeat for more.")]
 Backbones = Annotated[

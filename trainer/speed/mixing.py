@@ -21,11 +21,13 @@ from trainer.speed.block import SHAPES, Block, Shape, make_block, mixes_of
 from trainer.speed.ceiling import measure_ceiling
 from trainer.speed.checks import check_kernels
 from trainer.speed.measurement import Journal
-from trainer.speed.timing import Timed, Work, graphed, in_turns
+from trainer.speed.timing import Pass, Timed, Work, graphed, in_turns, over, reason
 
 __all__ = ["PREDICTED_US", "ROUTER", "KernelsPlan", "measure_kernels"]
 
-ROTATED_BYTES = 2**28  # of inputs that take turns on a GPU: five times the L2 cache of an H100
+# Of inputs that take turns in a graph on a GPU: more than twice the L2 cache of an H100.
+ROTATED_BYTES, MOST_INPUTS = 2**27, 512
+EAGER_INPUTS = 4  # there the host is the limit, and loops over experts take long
 ROUTER = "router alone"
 # Microseconds of a block on an H100 in bfloat16, from a model of memory and L2 traffic made before
 # any device was seen (docs/speed.md); by shape and batch size.
@@ -82,16 +84,16 @@ def _measure_row(
 ) -> None:
     inputs = _inputs(block)
     exact_BLD = oracle(block, inputs[0])
-    works: dict[str, Sequence[Work]] = {}
+    passes: dict[str, Pass] = {}
     values: dict[str, dict[str, float]] = {}
     failures: dict[str, str] = {}
     for column in baselines(plan.device, compiled=plan.compiled):
         try:
-            _prepare(column, block, inputs, exact_BLD, works, values)
+            _prepare(column, block, inputs, exact_BLD, passes, values)
         except Exception as error:  # a column that cannot run is a result too
-            failures[column.name] = f"{type(error).__name__}: {error}"[:200]
-    works[ROUTER] = [_router(block, x_BLD) for x_BLD in inputs]
-    timed = in_turns(works, device=plan.device, repeats=plan.repeats)
+            failures[column.name] = reason(error)
+    passes[ROUTER] = over([_router(block, x_BLD) for x_BLD in inputs[:EAGER_INPUTS]])
+    timed = in_turns(passes, device=plan.device, repeats=plan.repeats)
     timed |= {name: Timed(failure=reason) for name, reason in failures.items()}
     work = _work(block, inputs[0])
     for name, one in timed.items():
@@ -110,7 +112,7 @@ def _prepare(
     block: Block,
     inputs: Sequence[Tensor],
     exact_BLD: Tensor,
-    works: dict[str, Sequence[Work]],
+    passes: dict[str, Pass],
     values: dict[str, dict[str, float]],
 ) -> None:
     """Check a column's answer, then add what is to be timed: calls, and on a GPU graphs of them."""
@@ -121,9 +123,9 @@ def _prepare(
     first_s = time.perf_counter() - started_s
     values[column.name] = {"error": error, "first_call_s": first_s}
     calls = [_call(run, x_BLD) for x_BLD in inputs]
-    works[column.name] = calls
+    passes[column.name] = over(calls[:EAGER_INPUTS])
     if column.capturable and inputs[0].is_cuda:
-        works[f"{column.name}, graph"] = graphed(calls)
+        passes[f"{column.name}, graph"] = graphed(calls)
         values[f"{column.name}, graph"] = values[column.name]
 
 
@@ -142,7 +144,10 @@ def _inputs(block: Block) -> list[Tensor]:
     if not first.is_cuda:
         return [first]
     size = first.numel() * first.element_size()
-    return [first, *(block.random_x(101 + i) for i in range(min(64, ROTATED_BYTES // size)))]
+    return [
+        first,
+        *(block.random_x(101 + i) for i in range(min(MOST_INPUTS, ROTATED_BYTES // size))),
+    ]
 
 
 def _work(block: Block, x_BLD: Tensor) -> dict[str, float]:

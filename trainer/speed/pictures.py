@@ -98,10 +98,11 @@ def shares_png(lines: Sequence[Measurement]) -> bytes | None:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for row in rows:
+        graph = ", graph" if row.columns[FORWARD].run.device == "cuda" else ""
         known = [
             (int(name.split()[0]), 100 * ratio.median)
             for name in row.columns
-            if name.endswith(" tasks") and (ratio := row.ratio(name, FORWARD))
+            if name.endswith(f" tasks{graph}") and (ratio := row.ratio(name, FORWARD + graph))
         ]
         at = row.conditions
         label = f"{at['backbone']}, {at['precision']}, batch {at['batch']}"

@@ -21,7 +21,7 @@ BATCHES, GPU_BATCHES = (1, 8, 32), (1, 8, 32, 64, 256)
 # A CPU needs seconds for a large batch of a large tower.
 LARGE_BATCHES = (1, 8)
 BACKBONES, GPU_BACKBONES = (MINI, "ViT-B-16"), (MINI, "ViT-B-16", "ViT-L-14")
-REPEATS, GPU_REPEATS = 5, 50
+REPEATS, GPU_REPEATS = 5, 20
 TOWER_REPEATS = 3  # at least: a quick tower has more, until seconds are over
 
 OnRow = Callable[[int], object]

@@ -8,7 +8,7 @@ Legend: B images, L tokens, D width, F feature width, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from medley.selector import SelectorBank
 from trainer.ddas import DEFAULT_FEATURES
 from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector
-from trainer.speed.timing import Work, graphed, in_turns
+from trainer.speed.timing import Pass, Work, graphed, in_turns
 
 __all__ = ["FORWARD", "DdasPlan", "measure_ddas", "tasks_column"]
 
@@ -72,11 +72,12 @@ def measure_ddas(
             }
             with torch.inference_mode():
                 works = _columns(model, banks, batch)
-                works |= {name: [make(batch)] for name, make in paper.items()}
+                works |= {name: make(batch) for name, make in paper.items()}
+                passes = {name: Pass(work) for name, work in works.items()}
                 if plan.device.type == "cuda":
-                    works |= {f"{name}, graph": graphed(work) for name, work in works.items()}
+                    passes |= {f"{name}, graph": graphed([work]) for name, work in works.items()}
                 timed = in_turns(
-                    works, device=plan.device, repeats=plan.repeats, least_s=plan.least_s
+                    passes, device=plan.device, repeats=plan.repeats, least_s=plan.least_s
                 )
             for name, one in timed.items():
                 journal.add("ddas", conditions, name, times_s=one.times_s, failure=one.failure)
@@ -90,17 +91,13 @@ def _bank(count: int, backbone: Backbone) -> SelectorBank:
     return bank
 
 
-def _columns(
-    model: RoutedModel, banks: dict[int, SelectorBank], batch: int
-) -> dict[str, Sequence[Work]]:
+def _columns(model: RoutedModel, banks: dict[int, SelectorBank], batch: int) -> dict[str, Work]:
     backbone = model.backbone
     images_BCHW = torch.randn(batch, 3, *backbone.image_size).to(backbone.device)
     hidden_BLD = model.frozen(images_BCHW).hidden_BLD
-    works: dict[str, Sequence[Work]] = {
-        FORWARD: [lambda: model.frozen(images_BCHW, features=True).features_BE]
-    }
+    works: dict[str, Work] = {FORWARD: lambda: model.frozen(images_BCHW, features=True).features_BE}
     for count, bank in banks.items():
-        works[tasks_column(count)] = [_decision(bank, hidden_BLD, count)]
+        works[tasks_column(count)] = _decision(bank, hidden_BLD, count)
     return works
 
 

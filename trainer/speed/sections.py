@@ -116,14 +116,13 @@ def _latency(row: Row, name: str) -> tuple[str, ...]:
     time, p99_s, line = row.time_s(name), row.p99_s(name), row.columns[name]
     if time is None or p99_s is None:
         return (_failure(line.failure), *[NOTHING] * 5)
-    graph = ", graph" if name.endswith(", graph") else ""
     return (
         f"{int(row.conditions['batch']) / time.median:.1f}",
         f"{1e3 * time.median:.2f}",
         f"{1e3 * p99_s:.2f}",
         str(len(line.times_s)),
-        _over(row.ratio(name, FROZEN + graph)),
-        _over(row.ratio(name, OPEN_CLIP + graph)),
+        _over(row.ratio(name, _like(name, FROZEN))),
+        _over(row.ratio(name, _like(name, OPEN_CLIP))),
     )
 
 
@@ -137,7 +136,7 @@ def _ddas(lines: Sequence[Measurement]) -> str:
     for row in rows:
         at = [str(row.conditions[key]) for key in head[:3]]
         body.append((*at, *(_milliseconds(row, name) for name in names)))
-        shares = (_percent(row.ratio(name, FORWARD)) for name in names)
+        shares = (_percent(row.ratio(name, _like(name, FORWARD))) for name in names)
         body.append(("", "", "share of a forward", *shares))
     return "Milliseconds, median (quartiles), and shares within rounds:\n\n" + table(head, body)
 
@@ -221,6 +220,11 @@ def _percent(ratio: Quartiles | None) -> str:
 
 def _over(ratio: Quartiles | None) -> str:
     return f"{100 * (ratio.median - 1):+.1f} %" if ratio else NOTHING
+
+
+def _like(name: str, base: str) -> str:
+    """The column to compare with: a graph with a graph."""
+    return f"{base}, graph" if name.endswith(", graph") else base
 
 
 def _failure(reason: str | None) -> str:

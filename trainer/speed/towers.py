@@ -27,7 +27,7 @@ from medley.routed import ZERO_SHOT, RoutedModel
 from trainer.speed.block import BOTTLENECK, SHARED_EXPERTS, TASKS, TOP_K
 from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector, random_task
-from trainer.speed.timing import Work, graphed, in_turns
+from trainer.speed.timing import Pass, Work, graphed, in_turns
 
 __all__ = [
     "FROZEN",
@@ -109,7 +109,7 @@ def _measure(
     journal: Journal,
     plan: ModelPlan,
     conditions: dict[str, str | int],
-    works: dict[str, Sequence[Work]],
+    works: dict[str, Pass],
 ) -> None:
     timed = in_turns(works, device=plan.device, repeats=plan.repeats, least_s=plan.least_s)
     for name, one in timed.items():
@@ -173,7 +173,7 @@ def _tower(
     batch: int,
     shared: Sequence[int],
     distinct: Sequence[int],
-) -> dict[str, Sequence[Work]]:
+) -> dict[str, Pass]:
     feed = _Feed(model, batch)
     visual = _visual(model.backbone, dtype_of(precision))
 
@@ -203,32 +203,30 @@ def _tower(
             lambda: compiled(feed.images_BCHW.to(dtype_of(precision))),
             [ZERO_SHOT],
         )
-    works: dict[str, Sequence[Work]] = {}
+    works: dict[str, Pass] = {}
     for name, (work, paths) in columns.items():
-        works[name] = [feed.before(work, paths)]
+        works[name] = Pass(feed.before(work, paths))
         if plan.device.type == "cuda":
-            works[f"{name}, graph"] = [feed.before(graphed([work])[0], paths)]
+            works[f"{name}, graph"] = Pass(feed.before(graphed([work]).run, paths))
     return works
 
 
-def _classifier(
-    model: RoutedModel, batch: int, distinct: Sequence[int]
-) -> dict[str, Sequence[Work]]:
+def _classifier(model: RoutedModel, batch: int, distinct: Sequence[int]) -> dict[str, Pass]:
     """Uint8 pixels to features with DDAS deciding, one task live or all of them."""
     shape = (batch, 3, *model.backbone.image_size)
     pixels_BCHW = torch.randint(256, shape, dtype=torch.uint8)
-    works: dict[str, Sequence[Work]] = {}
+    works: dict[str, Pass] = {}
     for name, paths in ((ONE_OF_MANY, distinct[:1]), (MANY, distinct)):
         classifier = open_classifier(model, batch)
         for path in paths:
             selector = random_selector(model.backbone.image.width, seed=path)
             classifier.selectors.add(path, selector)
         classifier.prepare()
-        works[name] = [_route(classifier, pixels_BCHW, [Ask()] * batch)]
+        works[name] = Pass(_route(classifier, pixels_BCHW, [Ask()] * batch))
         if model.backbone.device.type == "cuda":
-            works[f"{name}, two in flight"] = [_two_in_flight(classifier, pixels_BCHW, batch)]
+            works[f"{name}, two in flight"] = Pass(_two_in_flight(classifier, pixels_BCHW, batch))
     told = [Ask(ZERO_SHOT)] * batch
-    works["told zero-shot"] = [_route(open_classifier(model, batch), pixels_BCHW, told)]
+    works["told zero-shot"] = Pass(_route(open_classifier(model, batch), pixels_BCHW, told))
     return works
 
 

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from trainer.speed.timing import in_turns
+from trainer.speed.timing import Pass, in_turns, over
 
 CPU = torch.device("cpu")
 
@@ -14,8 +14,8 @@ def test_all_columns_are_called_in_every_round_and_a_failure_stays_with_its_colu
     def broken() -> None:
         raise ValueError("no such kernel\nand much more")
 
-    works = {name: [partial(called.append, name)] for name in ("a", "b")}
-    timed = in_turns({**works, "broken": [broken]}, device=CPU, repeats=6)
+    works = {name: Pass(partial(called.append, name)) for name in ("a", "b")}
+    timed = in_turns({**works, "broken": Pass(broken)}, device=CPU, repeats=6)
     assert timed["broken"].failure == "ValueError: no such kernel"
     assert timed["broken"].times_s == ()
     assert [len(timed[name].times_s) for name in ("a", "b")] == [6, 6]
@@ -30,7 +30,7 @@ def test_columns_change_their_places_between_rounds() -> None:
         called.append(name)
         slow @ slow @ slow @ slow @ slow @ slow @ slow @ slow
 
-    in_turns({n: [partial(work, n)] for n in "abc"}, device=CPU, repeats=20)
+    in_turns({n: Pass(partial(work, n)) for n in "abc"}, device=CPU, repeats=20)
     first = called[6:]  # after the warm-up, twice each
     runs = ["".join(dict.fromkeys(first[i : i + 3])) for i in range(0, len(first), 3)]
     assert len(set(runs)) > 1
@@ -38,7 +38,7 @@ def test_columns_change_their_places_between_rounds() -> None:
 
 def test_a_time_is_that_of_one_input() -> None:
     slow = torch.randn(300, 300)
-    one, four = [lambda: slow @ slow], [lambda: slow @ slow] * 4
+    one, four = (over([lambda: slow @ slow] * inputs) for inputs in (1, 4))
     timed = in_turns({"one": one, "four": four}, device=CPU, repeats=30)
     ratio = sum(timed["four"].times_s) / sum(timed["one"].times_s)
     assert ratio == pytest.approx(1, rel=0.9)  # four inputs, not four times as long

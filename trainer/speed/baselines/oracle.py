@@ -7,7 +7,9 @@ from torch import Tensor
 
 from trainer.speed.block import Block
 
-__all__ = ["oracle", "relative_error"]
+__all__ = ["ENTIRELY", "oracle", "relative_error"]
+
+ENTIRELY = 1e9  # a wrong result, as a number that JSON can hold
 
 
 def oracle(block: Block, x_BLD: Tensor) -> Tensor:
@@ -20,9 +22,13 @@ def oracle(block: Block, x_BLD: Tensor) -> Tensor:
 
 
 def relative_error(y_BLD: Tensor, exact_BLD: Tensor) -> float:
-    """Frobenius norm of the difference over that of y itself; 0 where both are exactly zero."""
+    """Frobenius norm of the difference over that of y itself.
+
+    0 where both are exactly zero; what is not a number, or off by more than that, is `ENTIRELY`.
+    """
     difference = (y_BLD.double() - exact_BLD).norm()
-    return float(difference / exact_BLD.norm()) if difference else 0.0
+    error = float(difference / exact_BLD.norm()) if difference else 0.0
+    return error if error < ENTIRELY else ENTIRELY
 
 
 def _row(block: Block, x_LD: Tensor, path: int) -> Tensor:
