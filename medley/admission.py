@@ -18,6 +18,7 @@ from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
 from medley.errors import BackboneError, BundleError
 from medley.manifest import BackboneRef
+from medley.precision import ADDED_TOLERANCE
 from medley.routed import PackedTask
 from medley.selector import TaskSelector
 
@@ -143,7 +144,9 @@ def _check_backbone(bundle: Bundle, classifier: Classifier) -> None:
 
 
 def _run_self_test(bundle: Bundle, classifier: Classifier, path: int) -> None:
-    expected_NC, tolerance = bundle.tensors["self_test.logits"], bundle.manifest.self_test.tolerance
+    expected_NC = bundle.tensors["self_test.logits"]
+    added = ADDED_TOLERANCE[classifier.model.precision]
+    tolerance = bundle.manifest.self_test.tolerance + added
     logits_NC, scores_N = _answers(
         classifier,
         path,

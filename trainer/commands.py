@@ -16,7 +16,7 @@ from rich.table import Table
 from trainer.bench.commands import bench
 from trainer.data_commands import data_commands
 from trainer.imports.command import import_commands
-from trainer.options import BackboneName, Device, Preset, Weights
+from trainer.options import BackboneName, Computes, Device, PrecisionName, Preset, Weights
 from trainer.pretrain.command import pretrain_command
 from trainer.progress import bars
 
@@ -196,6 +196,7 @@ def evaluate(
     backbone: BackboneName = "medley-mini",
     weights: Weights = None,
     device: Device = "cpu",
+    precision: Computes = PrecisionName.EXACT,
     alexnet: Annotated[
         Path | None, typer.Option(help="torchvision's AlexNet, for imported bundles that need it.")
     ] = None,
@@ -217,7 +218,7 @@ def evaluate(
     cases = [_case(text, bundles, probe, limit, seed, skip_unreadable) for text in data]
     base = load_backbone(backbone, weights=weights, device=device)
     extractors = [] if alexnet is None else [load_alexnet(alexnet, device=device)]
-    classifier, paths = served(bundles, base, extractors=extractors)
+    classifier, paths = served(bundles, base, precision=precision.value, extractors=extractors)
     with bars(err) as show:
         result = measure(
             classifier,

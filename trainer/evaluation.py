@@ -27,6 +27,7 @@ from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
 from medley.errors import DataError
 from medley.extractor import Extractor
+from medley.precision import Precision
 from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
 from trainer.datasets import ImageSet
@@ -87,6 +88,7 @@ def served(
     backbone: Backbone,
     *,
     bucket: int = BUCKET,
+    precision: Precision = "exact",
     extractors: Sequence[Extractor] = (),
 ) -> tuple[Classifier, dict[str, int]]:
     """Admit bundles to a model as a server would.
@@ -95,6 +97,7 @@ def served(
         bundles: of different tasks.
         backbone: the one they were learnt on.
         bucket: images in a forward.
+        precision: how the image tower computes.
         extractors: networks that their selectors look at beside the backbone.
 
     Returns:
@@ -110,6 +113,7 @@ def served(
     firsts = [bundle.manifest.first_expert_block for bundle in bundles]
     model = RoutedModel(
         backbone,
+        precision=precision,
         first_expert_block=min(firsts),
         capacity=capacity_for([bundle.task_experts() for bundle in bundles]),
         extractors=extractors,

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DEFAULT_SEEDS", "BackboneName", "Cache", "Device", "Preset", "Seeds", "Weights"]
+__all__ = [
+    "DEFAULT_SEEDS",
+    "BackboneName",
+    "Cache",
+    "Computes",
+    "Device",
+    "PrecisionName",
+    "Preset",
+    "Seeds",
+    "Weights",
+]
 
 DEFAULT_SEEDS = (0, 1, 2)
 
@@ -20,11 +30,20 @@ class Preset(StrEnum):
     PAPER = "paper"
 
 
+class PrecisionName(StrEnum):
+    """How the image tower computes: bit-equal to open_clip, or a fast form near it."""
+
+    EXACT = "exact"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
 BackboneName = Annotated[
     str, typer.Option(help="medley-mini, or an open_clip name such as ViT-B-16/openai.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="Local weights of the backbone.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
+Computes = Annotated[PrecisionName, typer.Option(help="How the image tower computes.")]
 Cache = Annotated[Path, typer.Option(help="Where data and features are kept.")]
 Seeds = Annotated[
     list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
