@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kernels.autoencoder_errors import autoencoder_errors
 from medley.levels import AutoencoderLevel
 from medley.routed import ZERO_SHOT
 from medley.selector import (
+    DECIDE,
     STRICTLY_LESS,
     SelectorBank,
     TaskSelector,
@@ -442,3 +444,62 @@ def test_numbers_that_make_no_score_are_refused() -> None:
         TaskSelector((), threshold=0.0, alpha=0.02)
     with pytest.raises(ValueError, match="threshold is not a number"):
         TaskSelector((level,), threshold=math.nan, alpha=0.02)
+
+
+def test_a_told_path_stands_and_the_others_are_decided() -> None:
+    taps, paths = _taps(), (3, 0, 7, 9)
+    bank = SelectorBank()
+    for path in paths:
+        bank.add(path, replace(SELECTORS[path], threshold=math.inf))
+    told_B = torch.tensor([DECIDE, ZERO_SHOT, 7, DECIDE, DECIDE, 3])
+    eligible_BP = torch.ones(6, 12, dtype=torch.bool)
+    eligible_BP[3, [0, 3, 7, 9]] = False
+    eligible_BP[4, [0, 3, 7]] = False
+    paths_B, scores_BT, accepted_BT = bank.route(taps, told_B, eligible_BP)
+    every_BT = torch.ones(6, 4, dtype=torch.bool)
+    chosen_B = bank.decide(scores_BT, accepted_BT, every_BT)
+
+    assert paths_B.tolist() == [chosen_B[0], ZERO_SHOT, 7, ZERO_SHOT, 9, 3]
+    assert chosen_B[0] != ZERO_SHOT
+    assert torch.equal(scores_BT, bank.scores(taps, 6)[0])
+
+
+def test_nobody_is_decided_for_by_an_empty_bank() -> None:
+    told_B = torch.tensor([DECIDE, ZERO_SHOT])
+    paths_B, scores_BT, accepted_BT = SelectorBank().route({}, told_B, torch.ones(2, 3).bool())
+    assert paths_B.tolist() == [ZERO_SHOT, ZERO_SHOT]
+    assert scores_BT.shape == accepted_BT.shape == (2, 0)
+
+
+def test_nothing_is_read_back_from_a_device() -> None:
+    """On tensors without data: what wanted to know a number of one would fail."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        bank = SelectorBank("cuda")
+        for path, selector in SELECTORS.items():
+            if path != 13:  # has the reference of 12, and to see that compares numbers, on the host
+                bank.add(path, selector)
+        taps = {name: torch.empty(6, F, device="cuda") for name, F in WIDTHS.items()}
+        told_B = torch.full((6,), DECIDE, device="cuda")
+        answers = bank.route(taps, told_B, torch.ones(6, 20, dtype=torch.bool, device="cuda"))
+        with pytest.raises(DataDependentOutputException):
+            answers[0].tolist()
+
+    assert [tensor.device.type for tensor in answers] == ["cuda"] * 3
+    assert [tuple(tensor.shape) for tensor in answers] == [(6,), (6, 10), (6, 10)]
+
+
+def test_no_two_levels_of_a_task_are_added_up_at_once() -> None:
+    """They would meet in one sum, which a device adds up in whatever order."""
+    bank = _bank(6, 9, 7)
+    for group in bank._groups:
+        assert len(set(group.columns_G.tolist())) == len(group.columns_G)
+
+
+def test_changes_are_counted() -> None:
+    bank = SelectorBank()
+    counts = [bank.changes]
+    bank.add(3, SELECTORS[3])
+    counts.append(bank.changes)
+    bank.remove(3)
+    counts.append(bank.changes)
+    assert len(set(counts)) == 3
