@@ -126,6 +126,22 @@ def test_other_tasks_do_not_change_a_task_by_a_bit(
         assert torch.equal(single[:, 0], together[:, t])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("B", [1, 2, 8, 32])
+def test_other_tasks_do_not_change_a_task_with_any_number_of_threads(B: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weights, x_BF = _weights(11, 256, 32), _features(B, 256)
+        together = autoencoder_errors(x_BF, *weights)
+        some = autoencoder_errors(x_BF, *(w[3:6] for w in weights))
+        alone = autoencoder_errors(x_BF, *(w[4:5].clone() for w in weights))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(some, together[:, 3:6])
+    assert torch.equal(alone, together[:, 4:5])
+
+
 @pytest.mark.parametrize(("B", "T"), [(0, 3), (4, 0), (0, 0)])
 def test_nothing_in_gives_an_empty_table(B: int, T: int) -> None:
     assert autoencoder_errors(_features(B, 16), *_weights(T, 16, 4)).shape == (B, T)
