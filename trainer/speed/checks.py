@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from kernels.autoencoder_errors import autoencoder_errors
-from kernels.expert_mixing import expert_mixing, expert_mixing_norm
+from kernels.expert_mixing import expert_mixing
 from trainer.speed.baselines import oracle
 from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.block import Block, Shape, make_block
 from trainer.speed.measurement import Conditions, Journal, Measurement
+from trainer.speed.norm import EPS, random_norm, within
 from trainer.speed.timing import reason
 
 __all__ = ["LIMITS", "check_kernels", "right"]
@@ -22,7 +23,6 @@ __all__ = ["LIMITS", "check_kernels", "right"]
 BATCH, MIXES = 8, ("11 tasks", "half null")
 # Relative, of whole results: two products summed in float32, inputs and hidden units in the dtype.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-EPS = 1e-5
 TASKS, WIDTH, CODE = 64, 768, 32  # of the autoencoders
 
 
@@ -66,19 +66,13 @@ def _mixing(block: Block) -> Iterator[tuple[str, Tensor, Tensor]]:
     y_BLD = oracle(block, x_BLD)
     got_BLD = expert_mixing(x_BLD, *block.tables, max_top_k=block.max_top_k)
     yield "expert_mixing", got_BLD, y_BLD
-    bias_D, weight_D, shift_D = (_vector(block, seed) for seed in (11, 12, 13))
-    r_BLD, z_BLD = expert_mixing_norm(
-        x_BLD, *block.tables, bias_D, weight_D, shift_D, max_top_k=block.max_top_k, eps=EPS
+    bias_D, weight_D, shift_D = norm = random_norm(block)
+    r_BLD, z_BLD = within(block, norm, x_BLD)
+    yield "expert_mixing_norm, r", r_BLD, x_BLD.double() + bias_D.double() + y_BLD
+    exact_BLD = layer_norm(
+        x_BLD.double(), x_BLD.shape[-1:], weight_D.double(), shift_D.double(), EPS
     )
-    exact_BLD = x_BLD.double() + bias_D.double() + y_BLD
-    yield "expert_mixing_norm, r", r_BLD, exact_BLD
-    norm = (weight_D.double(), shift_D.double(), EPS)
-    yield "expert_mixing_norm, z", z_BLD, layer_norm(x_BLD.double(), x_BLD.shape[-1:], *norm)
-
-
-def _vector(block: Block, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(block.shape.width, generator=generator).to(block.weights_S2RD)
+    yield "expert_mixing_norm, z", z_BLD, exact_BLD
 
 
 def _autoencoders(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -173,7 +173,6 @@ def speed_command(
     Every kernel is checked against float64 before anything is timed.
     """
     from trainer.speed.plans import ddas_bench, kernels_bench, model_bench, swap_bench
-    from trainer.speed.report import SUMMARY, write_summary
 
     makers: dict[str, Callable[[torch.device], Bench]] = {
         "kernels": lambda on: kernels_bench(on, repeats=repeats, compiled=compiled),
@@ -181,11 +180,7 @@ def speed_command(
         "ddas": lambda on: ddas_bench(on, repeats=repeats),
         "swap": lambda on: swap_bench(on),
     }
-    goals: dict[str, list[Goal]] = {}
-    for name, make in makers.items():
-        goals[name] = _one(folder / name, device, make, report_only=report_only)
-        write_summary(folder, goals)
-    _show([goal for some in goals.values() for goal in some], folder, SUMMARY)
+    _all(folder, device, makers, report_only=report_only)
 
 
 SPEED_COMMANDS: dict[str, Callable[..., None]] = {
@@ -195,6 +190,23 @@ SPEED_COMMANDS: dict[str, Callable[..., None]] = {
     "swap": swap_command,
     "speed": speed_command,
 }
+
+
+def _all(
+    folder: Path,
+    device: DeviceName,
+    makers: dict[str, Callable[[torch.device], Bench]],
+    *,
+    report_only: bool,
+) -> None:
+    """Each bench into a folder of its own; the summary grows with them."""
+    from trainer.speed.report import SUMMARY, write_summary
+
+    goals: dict[str, list[Goal]] = {}
+    for name, make in makers.items():
+        goals[name] = _one(folder / name, device, make, report_only=report_only)
+        write_summary(folder, goals)
+    _show([goal for some in goals.values() for goal in some], folder, SUMMARY)
 
 
 def _one(

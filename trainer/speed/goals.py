@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trainer.bench.tables import table
 from trainer.speed.baselines.columns import DISPATCHER, OURS
+from trainer.speed.checks import right
 from trainer.speed.measurement import Measurement
 from trainer.speed.scoring import FORWARD, tasks_column
 from trainer.speed.summary import Quartiles, Row, rows_of
@@ -38,13 +39,14 @@ def goals_of(lines: Sequence[Measurement]) -> list[Goal]:
     if not lines:
         return []
     gpu = lines[0].run.device == "cuda"
+    checks = list(_checks(lines))
     finders: list[tuple[str, Callable[[Row, bool], Iterator[Goal]]]] = [
         ("kernels", _branch),
         ("model", _tower),
         ("ddas", _ddas),
         ("swap", _swap),
     ]
-    return [
+    return checks + [
         goal for bench, find in finders for row in rows_of(lines, bench) for goal in find(row, gpu)
     ]
 
@@ -58,6 +60,21 @@ def goals_table(goals: Sequence[Goal]) -> str:
     met = sum(goal.met for goal in goals)
     heading = f"{met} of {len(goals)} met.\n\n" if goals else "No goal is about these rows.\n"
     return heading + (table(("goal", "where", "measured", ""), rows) if goals else "")
+
+
+def _checks(lines: Sequence[Measurement]) -> Iterator[Goal]:
+    """One goal for each kernel and dtype: the worst of all its rows."""
+    groups: dict[tuple[str, str], list[Measurement]] = {}
+    for line in lines:
+        if line.bench == "check":
+            groups.setdefault((line.column, str(line.conditions["dtype"])), []).append(line)
+    for (kernel, dtype), some in groups.items():
+        limit = some[0].values["limit"]
+        failures = [line.failure for line in some if line.failure]
+        worst = max((line.values.get("error", 0.0) for line in some), default=0.0)
+        measured = failures[0] if failures else f"{worst:.1e}"
+        promise = f"relative error against float64 <= {limit:g}"
+        yield Goal(promise, f"{kernel}, {dtype}", measured, all(map(right, some)))
 
 
 def _branch(row: Row, gpu: bool) -> Iterator[Goal]:

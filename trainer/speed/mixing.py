@@ -21,6 +21,7 @@ from trainer.speed.block import SHAPES, Block, Shape, make_block, mixes_of
 from trainer.speed.ceiling import measure_ceiling
 from trainer.speed.checks import check_kernels
 from trainer.speed.measurement import Journal
+from trainer.speed.norm import norm_passes
 from trainer.speed.timing import Pass, Timed, Work, graphed, in_turns, over, reason
 
 __all__ = ["PREDICTED_US", "ROUTER", "KernelsPlan", "measure_kernels"]
@@ -93,6 +94,8 @@ def _measure_row(
         except Exception as error:  # a column that cannot run is a result too
             failures[column.name] = reason(error)
     passes[ROUTER] = over([_router(block, x_BLD) for x_BLD in inputs[:EAGER_INPUTS]])
+    if plan.device.type == "cuda":
+        passes |= norm_passes(block, inputs)
     timed = in_turns(passes, device=plan.device, repeats=plan.repeats)
     timed |= {name: Timed(failure=reason) for name, reason in failures.items()}
     work = _work(block, inputs[0])

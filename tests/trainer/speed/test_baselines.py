@@ -11,6 +11,7 @@ from trainer.speed.baselines import baselines, oracle
 from trainer.speed.baselines.columns import DISPATCHER
 from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.block import MIXES, SHAPES, Block, Shape, make_block
+from trainer.speed.norm import apart, random_norm, within
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 13, 48)
@@ -60,6 +61,13 @@ def test_the_dispatcher_does_about_as_many_operations_as_the_published_code() ->
     with _Counting() as counting:
         run(x_BLD)
     assert 176 <= counting.operations <= 196
+
+
+def test_the_branch_with_its_norm_is_the_same_in_one_op_and_in_three() -> None:
+    block = small("half null")
+    norm, x_BLD = random_norm(block), block.random_x(1)
+    for one, other in zip(within(block, norm, x_BLD), apart(block, norm, x_BLD), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 VIEWS = ("view", "t", "slice", "select", "split_with_sizes", "unsqueeze", "detach", "lift_fresh")

@@ -10,7 +10,7 @@ from tests.trainer.test_commands import medley
 from trainer.speed import commands
 from trainer.speed.block import Shape
 from trainer.speed.commands import DeviceName
-from trainer.speed.measurement import Journal, Measurement, read_lines
+from trainer.speed.measurement import Conditions, Journal, Measurement, read_lines
 from trainer.speed.mixing import KernelsPlan, measure_kernels
 from trainer.speed.plans import Bench
 from trainer.speed.scoring import DdasPlan, measure_ddas
@@ -18,6 +18,7 @@ from trainer.speed.swapping import SwapPlan, measure_swap
 from trainer.speed.towers import ModelPlan, measure_model
 
 CPU = torch.device("cpu")
+AT: Conditions = {"backbone": "tiny", "precision": "fp32", "batch": 1, "width": 4}
 
 
 def measured(folder: Path, bench: Bench) -> list[Measurement]:
@@ -98,6 +99,22 @@ def test_swaps_leave_the_other_tasks_alone(tmp_path: Path) -> None:
     assert len(found["experts enter"].times_s) == 6
     assert found["no swaps"].values["swaps"] == 0
     assert found["a swap every 100 ms"].values["swaps"] >= 2
+
+
+def test_all_of_them_together_have_one_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {
+        "ddas": lambda _: Bench("ddas", 1, lambda to, on: to.add("ddas", AT, "forward")),
+        "swap": lambda _: Bench("swap", 1, lambda to, on: None),
+    }
+    commands._all(tmp_path, DeviceName.CPU, made, report_only=False)
+    before = (tmp_path / "README.md").read_bytes()
+    assert b"(ddas/report.md)" in before
+    assert b"(swap/report.md)" in before
+    commands._all(tmp_path, DeviceName.CPU, made, report_only=True)
+    assert (tmp_path / "README.md").read_bytes() == before
+    assert "README.md" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize(
