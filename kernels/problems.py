@@ -73,8 +73,9 @@ class Mixing:
             launch=launch,
         )
 
-    def error(self) -> float:
-        """Return the greater relative error of what the last run wrote: of y alone, and of z."""
+    def error(self, launch: MixingLaunch | None = None) -> float:
+        """Run a launch; return the greater relative error of y alone and of z."""
+        self.call(launch).run()
         x_BLD, paths_B, weights_S2RD, *rest = self._branch
         out_bias_D, *_ = self._norm
         expected_BLD, expected_z_BLD = expert_mixing_norm(
@@ -138,8 +139,9 @@ class Scoring:
         """Prepare the launch; without a row the table chooses."""
         return scoring.prepare(self._answer, *self._inputs, output=self.output, launch=launch)
 
-    def error(self) -> float:
-        """Return the relative error of what the last run wrote."""
+    def error(self, launch: ScoringLaunch | None = None) -> float:
+        """Run a launch; return the relative error of the errors."""
+        self.call(launch).run()
         expected_BT = autoencoder_errors(*(t.double() for t in self._inputs), output=self.output)
         return _relative(self._answer, expected_BT)
 

@@ -149,13 +149,11 @@ def time_us(problem: Any, launch: Any, *, device: str, tolerance: float) -> tupl
     The time is NaN where the error is above the tolerance.
     """
     first = replace(problem, device=device)
-    call = first.call(launch)
-    call.run()
-    error = first.error()
+    error = first.error(launch)
     if not error <= tolerance:
         return error, float("nan")
     copies = min(_MAX_ROTATED, 1 + _ROTATED_BYTES // first.size_bytes)
-    calls = [call, *(replace(first, seed=s).call(launch) for s in range(1, copies))]
+    calls = [replace(first, seed=seed).call(launch) for seed in range(copies)]
     times_ms = triton.testing.do_bench_cudagraph(
         lambda: [c.run() for c in calls], return_mode="all"
     )

@@ -6,10 +6,9 @@ the usual kind (bfloat16, two experts of 64; scoring), for sm_90; `slow` the oth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from kernels import tune
 from kernels.autoencoder_errors import table as scoring_table
 from kernels.compiled import Architecture, Compiled, compiled, source
 from kernels.expert_mixing import table as mixing_table
@@ -218,37 +216,3 @@ def test_a_missing_tool_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(tool, "default_path", str(tmp_path / "cuobjdump"))
     with pytest.raises(RuntimeError, match="cuobjdump ships with Triton for Linux and is not here"):
         Program(Scoring(images=1, codes=8), scoring_table.find(1, 8), "sm_90").compiled()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_tuning_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["autoencoder_errors"]) == 2
-    assert capsys.readouterr().out == "No CUDA device to time on; --compile-only needs none.\n"
-
-
-@pytest.mark.parametrize("kernel", sorted(tune.SPACES))
-def test_candidates_are_ranked_by_what_they_need(
-    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    space = tune.SPACES[kernel]
-    monkeypatch.setitem(tune.SPACES, kernel, replace(space, problems=space.problems[:2]))
-    file = tmp_path / "trials.json"
-    assert tune.main([kernel, "--compile-only", "--candidates", "1", "--json", str(file)]) == 0
-    trials = json.loads(file.read_text())
-    assert len(trials) == 2
-    for trial in trials:
-        assert trial["needs"]["spilled_bytes"] == 0
-        assert 0 < trial["needs"]["registers"] <= 255
-        assert trial["median_us"] is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kernel", sorted(tune.SPACES))
-def test_a_candidate_is_checked_and_timed(kernel: str) -> None:
-    space = tune.SPACES[kernel]
-    error, median_us = tune.time_us(
-        space.problems[0], space.launches[0], device="cuda", tolerance=space.tolerance
-    )
-    assert error <= space.tolerance
-    assert median_us > 0
