@@ -190,6 +190,7 @@ def _read(
 
 def _fits(classifier: Classifier, part: KeptPart) -> bool:
     model = classifier.model
+    assert model.precision == "exact"  # what is kept is
     return (part.fingerprint, part.first_block, part.bucket) == (
         model.backbone.fingerprint,
         model.first_expert_block,
