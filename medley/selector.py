@@ -120,9 +120,19 @@ class SelectorBank:
         Raises:
             ValueError: the path is taken, or not a task's.
         """
-        if path < 0 or path in self._selectors:
-            raise ValueError(f"path {path} is {'taken' if path >= 0 else 'not that of a task'}")
-        self._selectors[path] = self._shared(selector)
+        self.add_all({path: selector})
+
+    def add_all(self, selectors: Mapping[int, TaskSelector]) -> None:
+        """Let tasks take part by path; everything is stacked once, and not once for each.
+
+        Raises:
+            ValueError: a path is taken, or not a task's. Nothing has changed.
+        """
+        for path in selectors:
+            if path < 0 or path in self._selectors:
+                raise ValueError(f"path {path} is {'taken' if path >= 0 else 'not that of a task'}")
+        for path, selector in selectors.items():
+            self._selectors[path] = self._shared(selector)
         self._stack()
 
     def remove(self, path: int) -> None:

@@ -176,6 +176,17 @@ def test_a_path_is_taken_once_and_left_once() -> None:
         bank.remove(3)
 
 
+def test_tasks_that_come_together_score_as_if_they_had_come_one_by_one() -> None:
+    together = SelectorBank()
+    together.add_all({path: SELECTORS[path] for path in (3, 5, 7)})
+    one_by_one, taps = _bank(3, 5, 7), _taps()
+    for got, expected in zip(together.scores(taps, 6), one_by_one.scores(taps, 6), strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="path 5 is taken"):
+        together.add_all({1: SELECTORS[5], 5: SELECTORS[5]})
+    assert together.tasks == (3, 5, 7)
+
+
 def test_the_most_familiar_of_the_accepting_and_eligible_tasks_wins() -> None:
     bank = _bank(3, 5, 7)
     scores_BT = torch.tensor([[1.0, 2.0, 3.0]]).repeat(5, 1)

@@ -86,8 +86,8 @@ def measure_ddas(
 
 def _bank(count: int, backbone: Backbone) -> SelectorBank:
     bank = SelectorBank(backbone.device)
-    for path in range(count):
-        bank.add(path, random_selector(backbone.image.width, seed=path))
+    width = backbone.image.width
+    bank.add_all({path: random_selector(width, seed=path) for path in range(count)})
     return bank
 
 

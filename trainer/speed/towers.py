@@ -218,9 +218,8 @@ def _classifier(model: RoutedModel, batch: int, distinct: Sequence[int]) -> dict
     works: dict[str, Pass] = {}
     for name, paths in ((ONE_OF_MANY, distinct[:1]), (MANY, distinct)):
         classifier = open_classifier(model, batch)
-        for path in paths:
-            selector = random_selector(model.backbone.image.width, seed=path)
-            classifier.selectors.add(path, selector)
+        width = model.backbone.image.width
+        classifier.selectors.add_all({path: random_selector(width, seed=path) for path in paths})
         classifier.prepare()
         works[name] = Pass(_route(classifier, pixels_BCHW, [Ask()] * batch))
         if model.backbone.device.type == "cuda":
