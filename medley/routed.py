@@ -37,7 +37,10 @@ ZERO_SHOT = -1
 
 @dataclass(frozen=True)
 class Frozen:
-    """What the untouched backbone says about a batch, whatever paths its images take."""
+    """What the untouched backbone says about a batch, whatever paths its images take.
+
+    After all blocks the hidden state may be that of token 0 alone.
+    """
 
     hidden_BLD: Tensor  # after `depth` blocks: expert paths set out from here
     taps: dict[str, Tensor]  # pooled features by name, float32 (B, F)
