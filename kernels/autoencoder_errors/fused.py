@@ -4,6 +4,10 @@ What it computes is defined in `reference.py`; how it is cut up comes from `tabl
 checks nothing: `kernels.autoencoder_errors` does, before it gets here. The launcher takes CPU
 tensors too where Triton interprets (TRITON_INTERPRET=1), which is how the tests run it.
 
+The features are not shared out: one image under T tasks keeps T multiprocessors busy, each with
+reading one task's weights alone. At the served widths that is 200 KB; at AlexNet's 43,264 features
+and 100 codes it is 35 MB, for which a device with few images and tasks is used badly.
+
 Legend: B images, T tasks, F feature width, C code width; in the kernel M is the images of a tile,
 N the features of one step, and C is rounded up to a power of two.
 """
@@ -59,10 +63,10 @@ def kernel(
 
     A program owns images tile * BLOCK_M.. of one task and goes through the features twice: first
     it adds up their codes, then it decodes them a step at a time and adds up the squared
-    differences. The codes stay in registers. Sums have one order, so errors have the same bits
-    whatever other images and tasks there are. All is float32; "tf32x3" multiplies the parts of a
-    float32 in three passes of a tensor core, as exact as float32 but for the last bits, and costs
-    three times a pass that would keep 10 bits.
+    differences. The codes stay in registers. Sums have one order, so that at a fixed B errors have
+    the same bits whatever the other images are, and whatever tasks. All is float32; "tf32x3"
+    multiplies the parts of a float32 in three passes of a tensor core, exact but for the last bits,
+    which costs three times a pass that would keep 10 bits of each number.
 
     Written: errors (B, T) contiguous, float32, each by one program.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.autoencoder_errors import Output, autoencoder_errors
+from kernels.autoencoder_errors.table import MAX_CODES, find
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.scoring_cases import Edit, score
 from tests.tolerances import SCORED, SCORED_ON_TENSOR_CORES
@@ -101,6 +102,7 @@ def test_errors_at_the_widths_that_are_served(interpreter: Interpreter, width: i
     assert_right(run(interpreter, p), p)
 
 
+@pytest.mark.slow
 def test_errors_at_alexnets_width(interpreter: Interpreter) -> None:
     p = problem(2, 1, 43_264, 100, output="sigmoid")
     # A sum of 676 steps of 64: twice the drift of one at the widths that are served.
@@ -165,6 +167,15 @@ def test_a_device_refuses_weights_that_are_not_contiguous() -> None:
         mean, std, encoder, *rest = (w.cuda() for w in p.weights)
         with pytest.raises(ValueError, match="encoder is not contiguous"):
             autoencoder_errors(p.features_BF.cuda(), mean, std, encoder.mT.contiguous().mT, *rest)
+
+
+def test_codes_too_wide_for_the_kernel_are_scored_by_the_definition() -> None:
+    with pytest.raises(ValueError, match="257 codes are more than 256"):
+        find(1, MAX_CODES + 1)
+    with FakeTensorMode():
+        p = problem(4, 3, 16, MAX_CODES + 1)
+        errors = autoencoder_errors(p.features_BF.cuda(), *(w.cuda() for w in p.weights))
+        assert (errors.shape, errors.device.type) == ((4, 3), "cuda")
 
 
 @pytest.mark.gpu
