@@ -75,8 +75,7 @@ def _routed(
 ):
     """Route a row by its token 0: its K slots (-1 for none) and gates, and whether it has any.
 
-    Every program of a row repeats this, which costs less than a launch of its own; the order of
-    its sums depends on nothing but D and E, so all of them agree.
+    Every program of a row repeats this, in the same order of sums, so all of them agree.
     """
     k_K = tl.arange(0, K_PAD)
     slot_K = tl.full((K_PAD,), -1, tl.int64)
@@ -116,6 +115,16 @@ def _routed(
             live_E = tl.where(e_E == index, float("-inf"), live_E)
         gate_K = gate_K / total * tl.load(scale_ptr + path)
     return slot_K, gate_K, active
+
+
+@triton.jit
+def _read(ptr, at_M, nn_N, within_M):
+    return tl.load(ptr + (at_M + nn_N[None, :]), mask=within_M, other=0.0)
+
+
+@triton.jit
+def _write(ptr, at_M, nn_N, within_M, value_MN):
+    tl.store(ptr + (at_M + nn_N[None, :]), value_MN.to(ptr.dtype.element_ty), mask=within_M)
 
 
 @triton.jit
@@ -239,7 +248,7 @@ def kernel(
         hidden_MH = tl.zeros((BLOCK_M, H_PAD), tl.float32)
         for k0 in range(0, D, BLOCK_K):
             kk_K = k0 + tl.arange(0, BLOCK_K)
-            x_MK = tl.load(x_ptr + (at_M + kk_K[None, :]), mask=within_M, other=0.0)
+            x_MK = _read(x_ptr, at_M, kk_K, within_M)
             down_HK = tl.load(down_H + kk_K[None, :], mask=there_H[:, None], other=0.0)
             hidden_MH = _dot(x_MK, tl.trans(down_HK), hidden_MH, UPCAST)
             if NORM:
@@ -269,42 +278,31 @@ def kernel(
             up_bias_KN = tl.load(up_bias_K + nn_N[None, :], mask=(slot_K >= 0)[:, None], other=0.0)
             bias_N = tl.sum(gate_K[:, None] * up_bias_KN, axis=0)
             if NORM:
-                x_MN = tl.load(x_ptr + (at_M + nn_N[None, :]), mask=within_M, other=0.0).to(
-                    tl.float32
-                )
+                x_MN = _read(x_ptr, at_M, nn_N, within_M).to(tl.float32)
                 bias_N += tl.load(out_bias_ptr + nn_N).to(tl.float32)
                 z_MN = _normalise(x_MN, mean_M, rstd_M, norm_weight_ptr, norm_bias_ptr, nn_N)
-                tl.store(
-                    z_ptr + (at_M + nn_N[None, :]), z_MN.to(z_ptr.dtype.element_ty), mask=within_M
-                )
+                _write(z_ptr, at_M, nn_N, within_M, z_MN)
                 y_MN = x_MN + bias_N[None, :]
             else:
                 y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias_N[None, :]
             y_MN = _dot(hidden_MH, up_HN, y_MN, UPCAST)
-            tl.store(y_ptr + (at_M + nn_N[None, :]), y_MN.to(y_ptr.dtype.element_ty), mask=within_M)
+            _write(y_ptr, at_M, nn_N, within_M, y_MN)
     else:
         if NORM:
             for k0 in range(0, D, BLOCK_K):
                 kk_K = k0 + tl.arange(0, BLOCK_K)
-                x_MK = tl.load(x_ptr + (at_M + kk_K[None, :]), mask=within_M, other=0.0).to(
-                    tl.float32
-                )
+                x_MK = _read(x_ptr, at_M, kk_K, within_M).to(tl.float32)
                 mean_M, spread_M = _moments(x_MK, mean_M, spread_M, k0, BLOCK_K)
-        if NORM:
             rstd_M = tl.rsqrt(spread_M / D + eps)
         for n0 in range(0, D // SPLIT, BLOCK_N):
             nn_N = first + n0 + tl.arange(0, BLOCK_N)
             y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if NORM:
-                x_MN = tl.load(x_ptr + (at_M + nn_N[None, :]), mask=within_M, other=0.0).to(
-                    tl.float32
-                )
+                x_MN = _read(x_ptr, at_M, nn_N, within_M).to(tl.float32)
                 z_MN = _normalise(x_MN, mean_M, rstd_M, norm_weight_ptr, norm_bias_ptr, nn_N)
-                tl.store(
-                    z_ptr + (at_M + nn_N[None, :]), z_MN.to(z_ptr.dtype.element_ty), mask=within_M
-                )
+                _write(z_ptr, at_M, nn_N, within_M, z_MN)
                 y_MN = x_MN + tl.load(out_bias_ptr + nn_N).to(tl.float32)[None, :]
-            tl.store(y_ptr + (at_M + nn_N[None, :]), y_MN.to(y_ptr.dtype.element_ty), mask=within_M)
+            _write(y_ptr, at_M, nn_N, within_M, y_MN)
 
 
 @dataclass(frozen=True, kw_only=True)

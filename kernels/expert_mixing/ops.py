@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.expert_mixing import reference
+from kernels.expert_mixing import reference, training
 
 __all__ = ["expert_mixing", "expert_mixing_norm", "mix", "mix_cuda"]
 
@@ -33,8 +33,8 @@ def mix(
 ) -> Tensor:
     """Apply each row's K given experts to all of its tokens and sum them by gate.
 
-    The definition, arguments and answer are those of `reference.mix`. On a CUDA device a slot out
-    of range counts as none and adds nothing.
+    The definition, arguments and answer are those of `reference.mix`, and gradients reach x, gates,
+    weights and biases. On a CUDA device a slot out of range counts as none and adds nothing.
 
     Raises:
         ValueError: shapes, dtypes, devices or memory layouts that do not fit, and on a CPU a slot
@@ -49,7 +49,7 @@ def mix(
     if keep_BLH is not None:
         _check(x_BLD, "keep_BLH", keep_BLH, (B, L, K * bottleneck), x_BLD.dtype)
     if x_BLD.device.type == "cuda":
-        return mix_cuda(x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, keep_BLH, relu)
+        return mix_cuda(x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, relu, keep_BLH)
     _check_range("slots_BK", slots_BK, 0, slots)
     return reference.mix(
         x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, relu=relu, keep_BLH=keep_BLH
@@ -128,14 +128,14 @@ def mix_cuda(
     gates_BK: Tensor,
     weights_S2RD: Tensor,
     biases_SF: Tensor,
-    keep_BLH: Tensor | None,
     relu: bool,
+    keep_BLH: Tensor | None,
 ) -> Tensor:
     """Run `mix` on the kernel; nothing is checked."""
     from kernels.expert_mixing import fused  # here: Triton is there on Linux alone
 
     return fused.mix(
-        x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, keep_BLH=keep_BLH, relu=relu
+        x_BLD, slots_BK, gates_BK, weights_S2RD, biases_SF, relu=relu, keep_BLH=keep_BLH
     )
 
 
@@ -180,6 +180,9 @@ def expert_mixing_norm_cuda(
     routing = (paths_B, weights_S2RD, biases_SF, routers_PDE, slots_PE, top_k_P, scale_P)
     norm = (out_bias_D, norm_weight_D, norm_bias_D)
     return fused.expert_mixing_norm(x_BLD, *routing, *norm, max_top_k=max_top_k, eps=eps)
+
+
+mix_cuda.register_autograd(training.backward, setup_context=training.setup_context)
 
 
 @mix_cuda.register_fake

@@ -62,11 +62,11 @@ MUTANTS = {
     "the last step of the first product is left out": (
         "        for k0 in range(0, D, BLOCK_K):\n"
         "            kk_K = k0 + tl.arange(0, BLOCK_K)\n"
-        "            x_MK = tl.load(x_ptr + (at_M + kk_K[None, :]), mask=within_M, other=0.0)\n"
+        "            x_MK = _read(x_ptr, at_M, kk_K, within_M)\n"
         "            down_HK",
         "        for k0 in range(0, D - BLOCK_K, BLOCK_K):\n"
         "            kk_K = k0 + tl.arange(0, BLOCK_K)\n"
-        "            x_MK = tl.load(x_ptr + (at_M + kk_K[None, :]), mask=within_M, other=0.0)\n"
+        "            x_MK = _read(x_ptr, at_M, kk_K, within_M)\n"
         "            down_HK",
     ),
     "every split writes the first columns": ("first = split * (D // SPLIT)", "first = 0"),

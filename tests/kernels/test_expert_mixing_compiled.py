@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.compiled import ARCHITECTURES, Architecture, compiled
+from kernels.compiled import Architecture, compiled
 from kernels.expert_mixing import fused
 from kernels.expert_mixing.table import Row, find, rows
 
@@ -59,12 +59,13 @@ def programs() -> list[tuple[Row, str]]:
 
 def assert_good(row: Row, form: str, architecture: Architecture) -> None:
     found = compiled(fused.kernel, call(row, form=form), architecture)
-    assert found.fits(architecture), found
+    # What is compiled for sm_80 should have room on its smaller kin too.
+    assert found.fits("sm_86" if architecture == "sm_80" else architecture), found
     assert bool(found.wgmma or found.mma) == (row.itemsize == 2)  # none multiplies float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("row", "form"), programs(), ids=lambda v: v if isinstance(v, str) else str(v.max_hidden)
 )
