@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from functools import cache
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -268,6 +269,45 @@ def public(p: Problem) -> tuple[Tensor, ...]:
 def test_the_launchers_take_what_the_operations_take(interpreter: Interpreter, form: Form) -> None:
     p = build(replace(USUAL, form=form, relu=form != "mix", keep=form == "mix"))
     assert max(errors(interpreter.call(public, p), p)) <= tolerance(replace(USUAL, form=form))
+
+
+@cache
+def _register_on_cpu() -> None:
+    """Let the registered operation run on the CPU too, by the interpreted kernel."""
+    from kernels.expert_mixing import fused, ops
+
+    @ops.mix_cuda.register_kernel("cpu")
+    def _(*args: Any) -> Tensor:
+        *tensors, relu, keep_BLH = args
+        return fused.mix(*tensors, relu=relu, keep_BLH=keep_BLH)
+
+
+def gradients(p: Problem, *, plain: bool) -> list[Tensor]:
+    """Of a weighted sum of y, with respect to x, gates and the pool. For `Interpreter.call`."""
+    from kernels.expert_mixing import ops, reference
+
+    _register_on_cpu()
+    inputs = [p.x_BLD, p.gates_BK, p.weights_S2RD, p.biases_SF]
+    x_BLD, gates_BK, *pool = (tensor.detach().requires_grad_() for tensor in inputs)
+    args = (x_BLD, p.slots_BK, gates_BK, *pool)
+    if plain:
+        y_BLD = reference.mix(*args, relu=p.relu, keep_BLH=p.keep_BLH)
+    else:
+        y_BLD = ops.mix_cuda(*args, p.relu, p.keep_BLH)
+    weight_BLD = torch.arange(y_BLD.numel()).view(y_BLD.shape).cos()
+    return list(torch.autograd.grad((y_BLD * weight_BLD).sum(), [x_BLD, gates_BK, *pool]))
+
+
+@pytest.mark.parametrize(("relu", "keep"), [(True, False), (True, True), (False, True)])
+def test_gradients_through_the_kernel_are_those_of_the_plain_definition(
+    interpreter: Interpreter, relu: bool, keep: bool
+) -> None:
+    p = build(replace(USUAL, form="mix", relu=relu, keep=keep))
+    p = replace(p, slots_BK=p.slots_BK.where(p.slots_BK >= 0, p.slots_BK.max()))
+    ours = interpreter.call(gradients, p, plain=False)
+    for gradient, expected in zip(ours, interpreter.call(gradients, p, plain=True), strict=True):
+        assert gradient.any()
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_a_width_that_no_tensor_core_takes_is_refused(interpreter: Interpreter) -> None:
