@@ -85,7 +85,7 @@ class Journal:
             bench=bench,
             conditions=dict(conditions),
             column=column,
-            times_s=tuple(times_s),
+            times_s=tuple(round(time_s, 9) for time_s in times_s),  # nanoseconds
             values=dict(values or {}),
             series=dict(series or {}),
             failure=failure,

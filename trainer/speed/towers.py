@@ -96,12 +96,21 @@ def measure_model(
                     "tasks": plan.tasks,
                     "first_expert_block": plan.first_expert_block,
                 }
+                # Nothing of a row outlives it: its graphs hold gigabytes on a device.
                 with torch.inference_mode():
-                    works = _tower(model, plan, precision, batch, shared, distinct)
-                    _measure(journal, plan, conditions | {"what": "tower"}, works)
+                    _measure(
+                        journal,
+                        plan,
+                        conditions | {"what": "tower"},
+                        _tower(model, plan, precision, batch, shared, distinct),
+                    )
                     on_row(1)
-                    works = _classifier(model, batch, distinct)
-                    _measure(journal, plan, conditions | {"what": "classifier"}, works)
+                    _measure(
+                        journal,
+                        plan,
+                        conditions | {"what": "classifier"},
+                        _classifier(model, batch, distinct),
+                    )
                     on_row(1)
 
 
