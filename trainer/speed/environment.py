@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -48,7 +49,9 @@ def run_of(device: torch.device) -> Run:
 
 
 def _versions(device: torch.device) -> list[str]:
+    # Others' work on the machine: near 0 where nobody else computes.
     found = [f"{name} {_version(name)}" for name in PACKAGES]
+    found.append(f"load average {os.getloadavg()[0]:.1f} at the start")
     if device.type == "cuda":
         found += [f"CUDA {torch.version.cuda}", *_smi()]
     return found
