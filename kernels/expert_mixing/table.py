@@ -89,7 +89,7 @@ _ROWS = (
         (_ANY, 16, True, (16, 64, 64, 4, 3, 1)),
         # One image: 52 programs of 197 tokens; fewer would leave most of the device idle.
         (2, _ANY, True, (16, 64, 64, 4, 3, 4)),
-        (4, _ANY, True, (32, 64, 64, 4, 3, 4)),
+        (4, _ANY, True, (32, 64, 64, 8, 3, 4)),
         (16, _ANY, True, (64, 64, 64, 8, 3, 2)),
         (_ANY, 64, True, (64, 64, 32, 8, 3, 1)),
         # 64 columns at a time would take 255 registers of 256 with the LayerNorm.
@@ -105,8 +105,8 @@ _ROWS = (
     *_rows(
         256,
         2,
-        (_ANY, 16, True, (16, 64, 64, 8, 3, 4)),
-        (2, _ANY, True, (16, 64, 64, 8, 3, 4)),
+        (_ANY, 16, True, (16, 64, 32, 8, 3, 4)),
+        (2, _ANY, True, (16, 64, 32, 8, 3, 4)),
         (8, _ANY, True, (32, 64, 64, 8, 3, 2)),
         (32, _ANY, True, (64, 64, 32, 8, 3, 1)),
         (_ANY, 64, True, (64, 64, 32, 8, 3, 1)),
@@ -125,7 +125,7 @@ _ROWS = (
     *_rows(
         128,
         4,
-        (4, _ANY, True, (16, 32, 32, 4, 2, 4)),
+        (4, _ANY, True, (16, 32, 16, 4, 2, 4)),
         (_ANY, 16, True, (16, 32, 32, 4, 2, 1)),
         (_ANY, _ANY, True, (32, 32, 32, 8, 2, 1)),
     ),
