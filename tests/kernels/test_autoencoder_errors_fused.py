@@ -82,7 +82,7 @@ SHAPES = [
     (65, 2, 48, 20),
     (130, 1, 33, 3),
     (3, 2, 70, 100),  # the paper's codes
-    (20, 2, 40, 129),
+    (20, 2, 40, 128),
     (2, 40, 16, 4),  # more tasks than images
 ]
 
@@ -170,7 +170,7 @@ def test_a_device_refuses_weights_that_are_not_contiguous() -> None:
 
 
 def test_codes_too_wide_for_the_kernel_are_scored_by_the_definition() -> None:
-    with pytest.raises(ValueError, match="257 codes are more than 256"):
+    with pytest.raises(ValueError, match="129 codes are more than 128"):
         find(1, MAX_CODES + 1)
     with FakeTensorMode():
         p = problem(4, 3, 16, MAX_CODES + 1)
