@@ -157,7 +157,7 @@ class ExpertPool:
         """
         if path not in self._held:
             raise ValueError(f"path {path} is not loaded")
-        self._streams.main.run(lambda: self._clear_row(path))
+        self._streams.main.run(lambda: self.slots_NPE[:, path].fill_(-1))
         for block, digest in self._held.pop(path):
             slots = self._blocks[block]
             resident = slots.residents[digest]
@@ -266,7 +266,3 @@ class ExpertPool:
             self.routers_NPDE[block, path].copy_(experts.router_DE, non_blocking=True)
         self.top_k_P[path] = packed.top_k
         self.scale_P[path] = packed.scale
-
-    def _clear_row(self, path: int) -> None:
-        self.slots_NPE[:, path] = -1
-        self.routers_NPDE[:, path] = 0

@@ -159,6 +159,18 @@ def test_a_path_without_experts_and_one_with_fewer_than_top_k() -> None:
     assert (y_BLD[1] != 0).any()
 
 
+def test_a_path_forgets_the_experts_of_who_had_it_before() -> None:
+    pool, fresh = pool_of(), pool_of()
+    load(pool, 0, experts(1, count=3))
+    pool.unload(0)
+    load(pool, 0, {})
+    assert (mixed(pool, 0) == 0).all()
+    pool.unload(0)
+    for each in (pool, fresh):
+        load(each, 0, experts(2, count=1))
+    assert torch.equal(mixed(pool, 0), mixed(fresh, 0))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_freed_slot_is_written_after_all_that_may_read_it(seed: int) -> None:
     """Three swaps of the same slots are asked for before anything has been computed."""

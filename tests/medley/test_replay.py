@@ -265,6 +265,18 @@ def test_a_batch_of_zero_shot_images_runs_no_expert_operation(
     assert operations(pair, [Ask()])
 
 
+@pytest.mark.parametrize("precision", ["exact", "fp32"])
+def test_nor_does_an_eager_one_on_a_cpu_whoever_decided(
+    backbone: Backbone, precision: Precision
+) -> None:
+    pair = Pair(backbone, precision=precision, first_expert_block=1)
+    path = pair.load(1)
+    for ask, some in ((Ask(eligible=frozenset()), False), (Ask(path), True)):
+        with Operations() as operations:
+            pair.eager.route(pixels(1), [ask])
+        assert bool(operations.experts) is some
+
+
 def operations(pair: Pair, asks: Sequence[Ask]) -> set[str]:
     """The expert operations of a batch, whose graphs have been captured before."""
     pair.replayed.prepare()

@@ -260,17 +260,32 @@ def test_a_batch_that_fails_in_flight_fails_alone(place: int, fail_at_launch: bo
 
 
 def test_a_job_waits_for_the_batch_in_flight() -> None:
-    model = DeviceModel()
-    with running(model) as engine:
-        engine.submit([image(1)], Ask())
-        assert model.waiting.acquire(timeout=10)
-        futures = engine.submit([image(2)], Ask())
-        job = engine.run(lambda: len(model.batches))
-        assert not job.done()
-        model.finish_all()
+    """Two jobs and two images wait: a round is a job and a batch, so the second job meets one."""
+    model, begun, gate = DeviceModel(), threading.Event(), threading.Event()
+    model.finish_all()
+    with running(model, max_batch=1) as engine:
+        engine.run(lambda: (begun.set(), gate.wait()))
+        assert begun.wait(10)
+        futures = engine.submit([image(1), image(2)], Ask())
+        jobs = [engine.run(lambda: futures[0].done()) for _ in range(2)]
+        gate.set()
 
-        assert job.result(10) == 1
-        assert firsts(futures) == [2]
+        assert [job.result(10) for job in jobs] == [False, True]
+        assert firsts(futures) == [1, 2]
+
+
+def test_a_batch_that_is_there_is_answered_before_the_next_is_computed() -> None:
+    model, gate = HostModel(), threading.Event()
+    computed: list[int] = []
+    with running(model, max_batch=1) as engine:
+        engine.run(gate.wait)
+        futures = engine.submit([image(v) for v in (1, 2, 3)], Ask())
+        for future in futures:
+            future.add_done_callback(lambda _: computed.append(len(model.batches)))
+        gate.set()
+        firsts(futures)
+
+    assert computed == [1, 2, 3]
 
 
 def test_batches_in_flight_are_answered_before_the_end() -> None:
