@@ -264,7 +264,7 @@ def test_a_job_waits_for_the_batch_in_flight() -> None:
     model, begun, gate = DeviceModel(), threading.Event(), threading.Event()
     model.finish_all()
     with running(model, max_batch=1) as engine:
-        engine.run(lambda: (begun.set(), gate.wait()))
+        engine.run(lambda: begun.set() or gate.wait())  # type: ignore[func-returns-value]
         assert begun.wait(10)
         futures = engine.submit([image(1), image(2)], Ask())
         jobs = [engine.run(lambda: futures[0].done()) for _ in range(2)]
