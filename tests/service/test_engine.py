@@ -263,8 +263,13 @@ def test_a_job_waits_for_the_batch_in_flight() -> None:
     """Two jobs and two images wait: a round is a job and a batch, so the second job meets one."""
     model, begun, gate = DeviceModel(), threading.Event(), threading.Event()
     model.finish_all()
+
+    def hold_thread() -> None:
+        begun.set()
+        gate.wait()
+
     with running(model, max_batch=1) as engine:
-        engine.run(lambda: begun.set() or gate.wait())  # type: ignore[func-returns-value]
+        engine.run(hold_thread)
         assert begun.wait(10)
         futures = engine.submit([image(1), image(2)], Ask())
         jobs = [engine.run(lambda: futures[0].done()) for _ in range(2)]
