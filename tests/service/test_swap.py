@@ -104,6 +104,21 @@ def test_a_new_task_does_not_change_an_older_one_by_a_bit(
     assert after == before
 
 
+def test_a_server_of_another_precision_and_several_buckets_serves_the_same_bundles(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    answers = []
+    others: dict[str, object] = {"precision": "bf16", "buckets": "1,2,8"}
+    for fields in ({}, others):
+        with open_app(**fields) as http:
+            put(http, make()[1]).raise_for_status()
+            (result,) = classify(http, image, model="pets", labels=None).json()["results"]
+            http.delete("/v1/tasks/pets").raise_for_status()
+        answers.append(result["label"])
+
+    assert answers[0] == answers[1]
+
+
 def test_neighbours_in_a_batch_do_not_matter(
     open_app: OpenApp, make: MakeBundle, image: bytes
 ) -> None:
