@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: install format lint types imports test bench run demo check
+.PHONY: install format lint types imports test bench bench-gpu run demo check
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -24,6 +24,9 @@ test: install
 	$(BIN)/python -m pytest --cov
 bench: install
 	$(BIN)/python -m pytest -m slow
+bench-gpu: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/medley bench speed --device cuda --out runs/speed-gpu
 run: install
 	$(BIN)/medley serve
 demo: install

@@ -103,7 +103,7 @@ def mix(
         down_bias_BKR.flatten(1)[:, None].to(x_BLD.dtype), x_BLD, down_BKRD.flatten(1, 2).mT
     )
     if relu:
-        hidden_BLH = hidden_BLH.relu()
+        hidden_BLH = hidden_BLH.relu_()
     if keep_BLH is not None:
         hidden_BLH = hidden_BLH * keep_BLH
     gates_BH = gates_BK.repeat_interleave(bottleneck, dim=1).to(x_BLD.dtype)
@@ -152,7 +152,7 @@ def expert_mixing(
     path_B = paths_B.clamp_min(0)
     slots_BK = slots_PE[path_B].gather(1, expert_BK).clamp_min(0)
     y_BLD = mix(x_BLD, slots_BK, gates_BK * scale_P[path_B, None], weights_S2RD, biases_SF)
-    return y_BLD.masked_fill(~active_B[:, None, None], 0.0)
+    return y_BLD.masked_fill_(~active_B[:, None, None], 0.0)
 
 
 def expert_mixing_norm(
@@ -187,7 +187,7 @@ def expert_mixing_norm(
     y_BLD = expert_mixing(
         x_BLD, paths_B, *pool, routers_PDE, slots_PE, top_k_P, scale_P, max_top_k=max_top_k
     )
-    r_BLD = x_BLD + (y_BLD + out_bias_D.to(x_BLD.dtype))
+    r_BLD = y_BLD.add_(out_bias_D.to(x_BLD.dtype)).add_(x_BLD)
     weight_D, bias_D = norm_weight_D.to(x_BLD.dtype), norm_bias_D.to(x_BLD.dtype)
     return r_BLD, F.layer_norm(x_BLD, x_BLD.shape[-1:], weight_D, bias_D, eps)
 
