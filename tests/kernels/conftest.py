@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.devices import CUDA
 from tests.kernels.interpreter import Interpreter
+from tests.kernels.runner import OnDevice, Runner
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +15,9 @@ def interpreter() -> Iterator[Interpreter]:
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
+
+
+@pytest.fixture(scope="session", params=["interpreted", CUDA])
+def runner(request: pytest.FixtureRequest, interpreter: Interpreter) -> Runner:
+    """What the laws of a kernel are tested on."""
+    return interpreter if request.param == "interpreted" else OnDevice(request.param)

@@ -11,17 +11,29 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kernels.expert_mixing import expert_mixing, expert_mixing_norm, mix
 from kernels.expert_mixing.table import Launch
 
-__all__ = ["Case", "Form", "Paths", "Problem", "build", "errors", "launched", "small"]
+__all__ = [
+    "Case",
+    "Form",
+    "Paths",
+    "Problem",
+    "answered",
+    "build",
+    "errors",
+    "launched",
+    "moved",
+    "small",
+]
 
 Form = Literal["mix", "plain", "norm"]
 Paths = Literal["mixed", "null", "one", "distinct"]
@@ -155,6 +167,21 @@ def _surrounded(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
+def moved(p: Problem, device: str) -> Problem:
+    """The same problem on a device, with all that lies beside each tensor in memory."""
+    values: dict[str, Any] = {field.name: getattr(p, field.name) for field in fields(p)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = _moved(value, device)
+    return Problem(**values)
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+    whole = tensor.as_strided((elements,), (1,), 0).to(device)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def errors(answers: tuple[Tensor, ...], p: Problem) -> list[float]:
     """Return the relative Frobenius error of each answer, (y,) or (r, z), against float64.
 
@@ -246,10 +273,22 @@ def _mixed(p: Problem, b: int, x_LD: Tensor, pairs: list[tuple[int, float]]) -> 
     return y_LD
 
 
+def answered(p: Problem) -> tuple[Tensor, ...]:
+    """Ask the public operation of the problem's form where its tensors are: (y,), or (r, z)."""
+    pool = (p.weights_S2RD, p.biases_SF)
+    if p.form == "mix":
+        return (mix(p.x_BLD, p.slots_BK, p.gates_BK, *pool, relu=p.relu, keep_BLH=p.keep_BLH),)
+    routing = (p.paths_B, *pool, p.routers_PDE, p.slots_PE, p.top_k_P, p.scale_P)
+    if p.form == "plain":
+        return (expert_mixing(p.x_BLD, *routing, max_top_k=p.max_top_k),)
+    norm = (p.out_bias_D, p.norm_weight_D, p.norm_bias_D)
+    return expert_mixing_norm(p.x_BLD, *routing, *norm, max_top_k=p.max_top_k, eps=p.eps)
+
+
 def launched(
     p: Problem, launch: Launch | None = None, *, source: Path | None = None
 ) -> tuple[Tensor, ...]:
-    """Run the kernel, or that of another source file: (y,), or (r, z). For `Interpreter.call`.
+    """Run the kernel, or that of another source file: (y,), or (r, z). For `Runner.call`.
 
     Raises:
         AssertionError: a canary beside an answer is gone.
@@ -290,7 +329,7 @@ class _Canaries:
     """Memory like x's, full of NaN, with values beside it that nothing may change."""
 
     def __init__(self, x_BLD: Tensor) -> None:
-        self._whole = torch.full((x_BLD.numel() + 2 * _BAND,), _CANARY, dtype=x_BLD.dtype)
+        self._whole = x_BLD.new_full((x_BLD.numel() + 2 * _BAND,), _CANARY)
         self.inner = self._whole[_BAND : _BAND + x_BLD.numel()].view(x_BLD.shape).fill_(torch.nan)
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""The fused kernel, interpreted, against float64 and the laws of the operation."""
+"""The fused kernel, interpreted and on a device, against float64 and the laws of the operation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.expert_mixing.table import find
-from tests.kernels.interpreter import Interpreter
 from tests.kernels.mixing_cases import Case, Form, Paths, Problem, build, errors, launched, small
+from tests.kernels.runner import Runner
 from tests.tolerances import FUSED
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -37,9 +37,9 @@ def tolerance(case: Case) -> float:
     return FUSED[case.dtype] * (2 if case.form == "norm" else 1)
 
 
-def assert_right(interpreter: Interpreter, case: Case, *, split: int = 1) -> None:
+def assert_right(runner: Runner, case: Case, *, split: int = 1) -> None:
     p = build(case)
-    answers = interpreter.call(launched, p, small(split=split))
+    answers = runner.call(launched, p, small(split=split))
     assert [a.dtype for a in answers] == [case.dtype] * len(answers)
     assert max(errors(answers, p)) <= tolerance(case)
 
@@ -48,35 +48,31 @@ def assert_right(interpreter: Interpreter, case: Case, *, split: int = 1) -> Non
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda c: f"{c.L}x{c.D}-{c.K}x{c.R}-{c.E}")
 def test_the_kernel_agrees_with_float64(
-    interpreter: Interpreter, shape: Case, form: Form, dtype: torch.dtype
+    runner: Runner, shape: Case, form: Form, dtype: torch.dtype
 ) -> None:
-    assert_right(interpreter, replace(shape, form=form, dtype=dtype))
+    assert_right(runner, replace(shape, form=form, dtype=dtype))
 
 
 @pytest.mark.parametrize("paths", get_args(Paths))
 @pytest.mark.parametrize("form", ["plain", "norm"])
 def test_the_kernel_agrees_with_float64_whatever_the_batch_is_made_of(
-    interpreter: Interpreter, form: Form, paths: Paths
+    runner: Runner, form: Form, paths: Paths
 ) -> None:
     assert_right(
-        interpreter, Case(B=5, L=18, D=64, R=16, E=6, K=2, P=5, form=form, paths=paths), split=2
+        runner, Case(B=5, L=18, D=64, R=16, E=6, K=2, P=5, form=form, paths=paths), split=2
     )
 
 
 @pytest.mark.parametrize(("relu", "keep"), [(False, False), (True, True), (False, True)])
 def test_given_experts_may_be_linear_and_under_a_dropout_mask(
-    interpreter: Interpreter, relu: bool, keep: bool
+    runner: Runner, relu: bool, keep: bool
 ) -> None:
-    assert_right(
-        interpreter, Case(B=3, L=18, D=64, R=24, E=6, K=3, form="mix", relu=relu, keep=keep)
-    )
+    assert_right(runner, Case(B=3, L=18, D=64, R=24, E=6, K=3, form="mix", relu=relu, keep=keep))
 
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_the_kernel_agrees_with_float64_at_any_size(
-    interpreter: Interpreter, data: st.DataObject
-) -> None:
+def test_the_kernel_agrees_with_float64_at_any_size(runner: Runner, data: st.DataObject) -> None:
     K = data.draw(st.integers(1, 4))
     case = Case(
         B=data.draw(st.integers(0, 4)),
@@ -91,7 +87,7 @@ def test_the_kernel_agrees_with_float64_at_any_size(
         keep=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 1000)),
     )
-    assert_right(interpreter, case, split=data.draw(st.sampled_from([1, 2, 3])))
+    assert_right(runner, case, split=data.draw(st.sampled_from([1, 2, 3])))
 
 
 def vit_b_16(dtype: torch.dtype, form: Form) -> Case:
@@ -99,49 +95,49 @@ def vit_b_16(dtype: torch.dtype, form: Form) -> Case:
 
 
 def test_the_tiles_of_a_large_batch_are_right_at_the_shape_of_a_vit_b_16(
-    interpreter: Interpreter,
+    runner: Runner,
 ) -> None:
     case = vit_b_16(torch.bfloat16, "norm")
     launch = find(256, case.L, hidden=case.K * case.R, itemsize=2)
     assert launch.block_m == 256
     p = build(case)
-    assert max(errors(interpreter.call(launched, p, launch), p)) <= tolerance(case)
+    assert max(errors(runner.call(launched, p, launch), p)) <= tolerance(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_tiles_of_every_batch_are_right_at_the_shape_of_a_vit_b_16(
-    interpreter: Interpreter, dtype: torch.dtype, form: Form
+    runner: Runner, dtype: torch.dtype, form: Form
 ) -> None:
     case = vit_b_16(dtype, form)
     p = build(case)
     for rows in (1, 4, 16, 32, 256):
         launch = find(rows, case.L, hidden=case.K * case.R, itemsize=dtype.itemsize)
-        assert max(errors(interpreter.call(launched, p, launch), p)) <= tolerance(case)
+        assert max(errors(runner.call(launched, p, launch), p)) <= tolerance(case)
 
 
 USUAL = Case(B=5, L=18, D=64, R=16, E=6, K=2)
 
 
 @pytest.mark.parametrize("form", ["plain", "norm"])
-def test_rows_without_experts_get_nothing_at_all(interpreter: Interpreter, form: Form) -> None:
+def test_rows_without_experts_get_nothing_at_all(runner: Runner, form: Form) -> None:
     case = replace(USUAL, B=4, form=form)  # paths 0, none, 1, and 2 which has none in this block
     p = build(case)
     p.x_BLD[1, 3] = torch.nan
-    answer_BLD = interpreter.call(launched, p, small())[0]
+    answer_BLD = runner.call(launched, p, small())[0]
     for b in (1, 3):
         nothing = p.x_BLD[b] + p.out_bias_D if form == "norm" else torch.zeros(case.L, case.D)
         torch.testing.assert_close(answer_BLD[b], nothing, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_empty_batch_writes_nothing(interpreter: Interpreter, form: Form) -> None:
+def test_an_empty_batch_writes_nothing(runner: Runner, form: Form) -> None:
     p = build(replace(USUAL, B=0, form=form))
-    assert interpreter.call(launched, p)[0].shape == (0, 18, 64)
+    assert runner.call(launched, p)[0].shape == (0, 18, 64)
 
 
-def test_a_path_may_name_no_experts_and_a_pool_may_have_no_slots(interpreter: Interpreter) -> None:
+def test_a_path_may_name_no_experts_and_a_pool_may_have_no_slots(runner: Runner) -> None:
     p = build(USUAL)
     empty = replace(
         p,
@@ -150,37 +146,37 @@ def test_a_path_may_name_no_experts_and_a_pool_may_have_no_slots(interpreter: In
         routers_PDE=p.routers_PDE[:, :, :0].clone(),
         slots_PE=p.slots_PE[:, :0].clone(),
     )
-    assert not interpreter.call(launched, empty, small())[0].any()
+    assert not runner.call(launched, empty, small())[0].any()
 
 
 @pytest.mark.parametrize("path", [3, -2, 2**40, -(2**40)])
-def test_a_path_out_of_range_is_none(interpreter: Interpreter, path: int) -> None:
+def test_a_path_out_of_range_is_none(runner: Runner, path: int) -> None:
     p = build(USUAL)
     p.paths_B[2] = path
-    answers = interpreter.call(launched, p, small())
+    answers = runner.call(launched, p, small())
     assert not answers[0][2].any()
     assert max(errors(answers, p)) <= tolerance(USUAL)
 
 
 @pytest.mark.parametrize("slot", [3 * 6 + 3, -2, 2**40, -(2**40)])
 @pytest.mark.parametrize("form", ["plain", "mix"])
-def test_a_slot_out_of_range_is_none(interpreter: Interpreter, form: Form, slot: int) -> None:
+def test_a_slot_out_of_range_is_none(runner: Runner, form: Form, slot: int) -> None:
     p = build(replace(USUAL, form=form))
     p.slots_PE[0, 2:4] = slot
     p.slots_BK[0, 0] = slot
-    assert max(errors(interpreter.call(launched, p, small()), p)) <= tolerance(USUAL)
+    assert max(errors(runner.call(launched, p, small()), p)) <= tolerance(USUAL)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("token", [0, 5])
 def test_a_value_that_is_no_number_stays_in_its_image(
-    interpreter: Interpreter, token: int, form: Form, value: float
+    runner: Runner, token: int, form: Form, value: float
 ) -> None:
     p = build(replace(USUAL, form=form))
-    clean = interpreter.call(launched, p, small())
+    clean = runner.call(launched, p, small())
     p.x_BLD[2, token, 7] = value
-    for before, after in zip(clean, interpreter.call(launched, p, small()), strict=True):
+    for before, after in zip(clean, runner.call(launched, p, small()), strict=True):
         others = [0, 1, 3, 4]
         assert torch.equal(before[others], after[others])
         assert not after[2, token].isfinite().all()
@@ -192,15 +188,15 @@ def alone(p: Problem, b: int) -> Problem:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_is_the_same_to_the_bit_in_any_batch(interpreter: Interpreter, form: Form) -> None:
+def test_a_row_is_the_same_to_the_bit_in_any_batch(runner: Runner, form: Form) -> None:
     p = build(replace(USUAL, form=form, dtype=torch.bfloat16))
-    together = interpreter.call(launched, p, small(split=2))
+    together = runner.call(launched, p, small(split=2))
     for b in range(USUAL.B):
-        single = interpreter.call(launched, alone(p, b), small(split=2))
+        single = runner.call(launched, alone(p, b), small(split=2))
         assert all(torch.equal(s[0], t[b]) for s, t in zip(single, together, strict=True))
 
 
-def test_where_an_expert_lives_does_not_change_a_bit(interpreter: Interpreter) -> None:
+def test_where_an_expert_lives_does_not_change_a_bit(runner: Runner) -> None:
     p = build(USUAL)
     order = torch.randperm(len(p.weights_S2RD), generator=torch.Generator().manual_seed(1))
     moved_to = torch.cat([order.argsort(), torch.tensor([-1])])  # the last for -1
@@ -210,7 +206,7 @@ def test_where_an_expert_lives_does_not_change_a_bit(interpreter: Interpreter) -
         biases_SF=p.biases_SF[order],
         slots_PE=moved_to[p.slots_PE],
     )
-    before, after = (interpreter.call(launched, q, small())[0] for q in (p, moved))
+    before, after = (runner.call(launched, q, small())[0] for q in (p, moved))
     assert torch.equal(before, after)
 
 
@@ -225,34 +221,32 @@ def tied(p: Problem, *, apart: float) -> Problem:
 
 
 @pytest.mark.parametrize("apart", [1e-6, -1e-6])
-def test_of_two_near_ties_either_is_right(interpreter: Interpreter, apart: float) -> None:
+def test_of_two_near_ties_either_is_right(runner: Runner, apart: float) -> None:
     p = tied(build(USUAL), apart=apart)
-    assert max(errors(interpreter.call(launched, p, small()), p)) <= tolerance(USUAL)
+    assert max(errors(runner.call(launched, p, small()), p)) <= tolerance(USUAL)
 
 
-def test_of_two_equal_logits_the_lower_index_is_chosen(interpreter: Interpreter) -> None:
+def test_of_two_equal_logits_the_lower_index_is_chosen(runner: Runner) -> None:
     p = tied(build(USUAL), apart=0)
     without = p.slots_PE.clone()
     without[0, 4] = -1
     both, first = (
-        interpreter.call(launched, q, small())[0][0] for q in (p, replace(p, slots_PE=without))
+        runner.call(launched, q, small())[0][0] for q in (p, replace(p, slots_PE=without))
     )
     assert torch.equal(both, first)
 
 
 @pytest.mark.parametrize("offset", [100.0, -100.0])
-def test_the_layer_norm_does_not_suffer_from_a_large_mean(
-    interpreter: Interpreter, offset: float
-) -> None:
+def test_the_layer_norm_does_not_suffer_from_a_large_mean(runner: Runner, offset: float) -> None:
     p = build(replace(USUAL, form="norm", paths="null"))
     p.x_BLD.add_(offset)
-    _, z_error = errors(interpreter.call(launched, p, small()), p)
+    _, z_error = errors(runner.call(launched, p, small()), p)
     # Of a mean of 100, a float32 has eps / 2 * 100 = 6e-6 left of a deviation of 1.
     assert z_error <= 1e-5
 
 
 def public(p: Problem) -> tuple[Tensor, ...]:
-    """The launchers as the registered operations call them. For `Interpreter.call`."""
+    """The launchers as the registered operations call them. For `Runner.call`."""
     from kernels.expert_mixing import fused
 
     pool = (p.weights_S2RD, p.biases_SF)
@@ -266,9 +260,9 @@ def public(p: Problem) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_launchers_take_what_the_operations_take(interpreter: Interpreter, form: Form) -> None:
+def test_the_launchers_take_what_the_operations_take(runner: Runner, form: Form) -> None:
     p = build(replace(USUAL, form=form, relu=form != "mix", keep=form == "mix"))
-    assert max(errors(interpreter.call(public, p), p)) <= tolerance(replace(USUAL, form=form))
+    assert max(errors(runner.call(public, p), p)) <= tolerance(replace(USUAL, form=form))
 
 
 @cache
@@ -283,10 +277,11 @@ def _register_on_cpu() -> None:
 
 
 def gradients(p: Problem, *, plain: bool) -> list[Tensor]:
-    """Of a weighted sum of y, with respect to x, gates and the pool. For `Interpreter.call`."""
+    """Of a weighted sum of y, with respect to x, gates and the pool. For `Runner.call`."""
     from kernels.expert_mixing import ops, reference
 
-    _register_on_cpu()
+    if p.x_BLD.device.type == "cpu":
+        _register_on_cpu()
     inputs = [p.x_BLD, p.gates_BK, p.weights_S2RD, p.biases_SF]
     x_BLD, gates_BK, *pool = (tensor.detach().requires_grad_() for tensor in inputs)
     args = (x_BLD, p.slots_BK, gates_BK, *pool)
@@ -294,23 +289,23 @@ def gradients(p: Problem, *, plain: bool) -> list[Tensor]:
         y_BLD = reference.mix(*args, relu=p.relu, keep_BLH=p.keep_BLH)
     else:
         y_BLD = ops.mix_cuda(*args, p.relu, p.keep_BLH)
-    weight_BLD = torch.arange(y_BLD.numel()).view(y_BLD.shape).cos()
+    weight_BLD = torch.arange(y_BLD.numel(), device=y_BLD.device).view(y_BLD.shape).cos()
     return list(torch.autograd.grad((y_BLD * weight_BLD).sum(), [x_BLD, gates_BK, *pool]))
 
 
 @pytest.mark.parametrize(("relu", "keep"), [(True, False), (True, True), (False, True)])
 def test_gradients_through_the_kernel_are_those_of_the_plain_definition(
-    interpreter: Interpreter, relu: bool, keep: bool
+    runner: Runner, relu: bool, keep: bool
 ) -> None:
     p = build(replace(USUAL, form="mix", relu=relu, keep=keep))
     p = replace(p, slots_BK=p.slots_BK.where(p.slots_BK >= 0, p.slots_BK.max()))
-    ours = interpreter.call(gradients, p, plain=False)
-    for gradient, expected in zip(ours, interpreter.call(gradients, p, plain=True), strict=True):
+    ours = runner.call(gradients, p, plain=False)
+    for gradient, expected in zip(ours, runner.call(gradients, p, plain=True), strict=True):
         assert gradient.any()
         torch.testing.assert_close(gradient, expected)
 
 
-def test_a_width_that_no_tensor_core_takes_is_refused(interpreter: Interpreter) -> None:
+def test_a_width_that_no_tensor_core_takes_is_refused(runner: Runner) -> None:
     p = build(replace(USUAL, D=40))
     with pytest.raises(ValueError, match="width 40 is not a multiple of 16"):
-        interpreter.call(launched, p)
+        runner.call(launched, p)
