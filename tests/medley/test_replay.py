@@ -1,149 +1,44 @@
 """Replayed batches answer as eager ones, whatever comes and goes, and capture no more than needed.
 
-What is replayed here is a function that is called again: no CUDA graph has been captured. The
-buffers, the padding, the order of copies and the rules of what is captured anew are the real ones.
+On a CPU what is replayed is a function that is called again; the buffers, the padding, the order of
+copies and the rules of what is captured anew are the real ones. On a device graphs are captured.
 """
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from medley.backbone import Backbone
-from medley.classifier import Ask, Classifier, Launched, Routed
+from medley.classifier import Ask, Launched
 from medley.levels import Level
-from medley.pool import Capacity
-from medley.precision import Precision
-from medley.replay import ReplayedClassifier
-from medley.routed import ZERO_SHOT, RoutedModel
+from medley.precision import PRECISIONS, Precision
+from medley.routed import ZERO_SHOT
 from medley.selector import TaskSelector
-from medley.streams import Capture, Work, streams_of
+from tests.devices import DEVICES
 from tests.fakes import LEVEL_KINDS, random_level, random_selector
+from tests.medley.replayed import BUCKETS, SMALL, Operations, Pair, assert_same, mixed, tiny_on
 from tests.models import random_experts, tiny_backbone
 from tests.streams import LateStreams
 
-SMALL = Capacity(paths=5, slots=12, experts=4, bottleneck=8)
-STEM = {"stem:mean_std": 128}
-BUCKETS = (1, 4, 8)
+
+@pytest.fixture(scope="module", params=DEVICES)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return tiny_on(request.param)
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def on_cpu() -> Backbone:
+    """For what is about the order of events, which a test cannot choose on a device."""
     return tiny_backbone()
 
 
-class Captures:
-    """The streams of a CPU; counts what is captured and what is replayed."""
-
-    def __init__(self) -> None:
-        streams = streams_of(torch.device("cpu"))
-        self.main, self.up, self.down = streams.main, streams.up, streams.down
-        self.host_tensor = streams.host_tensor
-        self.names: list[str] = []
-        self.replayed: list[str] = []
-        self._capture = streams.capture
-
-    def capture(self, work: Work) -> Capture:
-        name = work.__name__
-        captured = self._capture(work)
-        self.names.append(name)
-
-        def replay() -> None:
-            self.replayed.append(name)
-            captured.replay()
-
-        return replace(captured, replay=replay)
-
-
-class Pair:
-    """One model behind an eager and a replayed classifier."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        streams: LateStreams | None = None,
-        precision: Precision = "exact",
-        buckets: Sequence[int] = BUCKETS,
-        first_expert_block: int | None = None,
-    ) -> None:
-        self.model = RoutedModel(
-            backbone,
-            precision=precision,
-            first_expert_block=first_expert_block,
-            capacity=SMALL,
-        )
-        self.captures = Captures()
-        self.eager = Classifier(self.model, buckets=buckets)
-        self.replayed = ReplayedClassifier(
-            self.model, buckets=buckets, streams=streams or self.captures
-        )
-
-    def load(self, seed: int, *, first: int = 1, selector: TaskSelector | None = None) -> int:
-        path = self.model.load(random_experts(seed, first_expert_block=first))
-        chance = torch.Generator().manual_seed(seed)
-        selector = selector or replace(random_selector(STEM, random=chance), threshold=0.0)
-        for classifier in (self.eager, self.replayed):
-            classifier.selectors.add(path, selector)
-        return path
-
-    def unload(self, path: int) -> None:
-        for classifier in (self.eager, self.replayed):
-            classifier.selectors.remove(path)
-        self.model.unload(path)
-
-    def check(self, count: int, asks: Sequence[Ask], *, seed: int = 0) -> Routed:
-        images = pixels(count, seed=seed)
-        asks = [asks[i % len(asks)] for i in range(count)]
-        routed = self.replayed.route(images, asks)
-        assert_equal(routed, self.eager.route(images, asks))
-        return routed
-
-    def check_alone(self, count: int, asks: Sequence[Ask]) -> None:
-        self.replayed.route(pixels(count), [asks[i % len(asks)] for i in range(count)])
-
-    def captured(self) -> list[str]:
-        """What has been captured since the last time, by name."""
-        names, self.captures.names = self.captures.names, []
-        return names
-
-
-def assert_equal(ours: Routed, theirs: Routed) -> None:
-    assert ours.paths == theirs.paths
-    assert ours.tasks == theirs.tasks
-    assert torch.equal(ours.features_BE, theirs.features_BE)
-    assert torch.equal(ours.scores_BT, theirs.scores_BT)
-    assert torch.equal(ours.accepted_BT, theirs.accepted_BT)
-
-
-def pixels(count: int, *, seed: int = 0) -> Tensor:
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=chance)
-
-
-def mixed(*paths: int) -> list[Ask]:
-    eligible = frozenset(paths[:1])
-    return [
-        Ask(),
-        Ask(ZERO_SHOT),
-        *map(Ask, paths),
-        Ask(eligible=eligible),
-        Ask(eligible=frozenset()),
-    ]
-
-
-@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
-def test_replayed_answers_are_the_eager_ones_bit_for_bit(
-    backbone: Backbone, precision: Precision
-) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_replayed_answers_are_the_eager_ones(backbone: Backbone, precision: Precision) -> None:
+    """On a CPU bit for bit."""
     pair = Pair(backbone, precision=precision)
     pair.check(3, [Ask(), Ask(ZERO_SHOT)])
     asks = mixed(pair.load(1), pair.load(2, first=2))
@@ -234,111 +129,88 @@ def test_another_feature_captures_all_of_it_again(backbone: Backbone) -> None:
     assert pair.captured() == ["trunk", "selection", "encoding", "encoding"]
 
 
-class Operations(TorchDispatchMode):
-    """Keeps the names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.names.add(func.name())
-        return func(*args, **kwargs or {})
-
-    @property
-    def experts(self) -> set[str]:
-        """Routers choose by a top-k, in the open or within the one operation."""
-        return {n for n in self.names if n == "aten::topk" or n.startswith("medley::expert_mixing")}
-
-
-@pytest.mark.parametrize("precision", ["exact", "fp32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_batch_of_zero_shot_images_runs_no_expert_operation(
     backbone: Backbone, precision: Precision
 ) -> None:
     pair = Pair(backbone, precision=precision, buckets=(4,), first_expert_block=1)
-    assert not operations(pair, [Ask(ZERO_SHOT), Ask()])
+    assert not pair.operations([Ask(ZERO_SHOT), Ask()])
     path = pair.load(1)
-    assert not operations(pair, [Ask(ZERO_SHOT)])
-    assert operations(pair, [Ask(ZERO_SHOT), Ask(path)])
-    assert operations(pair, [Ask()])
+    assert not pair.operations([Ask(ZERO_SHOT)])
+    assert pair.operations([Ask(ZERO_SHOT), Ask(path)])
+    assert pair.operations([Ask()])
 
 
 @pytest.mark.parametrize("precision", ["exact", "fp32"])
 def test_nor_does_an_eager_one_on_a_cpu_whoever_decided(
-    backbone: Backbone, precision: Precision
+    on_cpu: Backbone, precision: Precision
 ) -> None:
-    pair = Pair(backbone, precision=precision, first_expert_block=1)
+    pair = Pair(on_cpu, precision=precision, first_expert_block=1)
     path = pair.load(1)
     for ask, some in ((Ask(eligible=frozenset()), False), (Ask(path), True)):
         with Operations() as operations:
-            pair.eager.route(pixels(1), [ask])
+            pair.eager.route(pair.pixels(1), [ask])
         assert bool(operations.experts) is some
-
-
-def operations(pair: Pair, asks: Sequence[Ask]) -> set[str]:
-    """The expert operations of a batch, whose graphs have been captured before."""
-    pair.replayed.prepare()
-    with Operations() as operations:
-        pair.check_alone(4, asks)
-    return operations.experts
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_batches_in_flight_keep_to_themselves(backbone: Backbone, seed: int) -> None:
     """Whatever order the events leave open, each batch gets its own answers."""
-    pair = Pair(backbone, streams=LateStreams(seed), first_expert_block=1)
+    late = LateStreams(seed) if backbone.device.type == "cpu" else None
+    pair = Pair(backbone, streams=late, first_expert_block=1)
     asks = mixed(pair.load(1), pair.load(2))
     batches = [
-        (pixels(count, seed=n), list(islice(cycle(asks), n, n + count)))
+        (pair.pixels(count, seed=n), list(islice(cycle(asks), n, n + count)))
         for n, count in enumerate((4, 8, 1, 3, 8, 20, 7))
     ]
     flights = [pair.replayed.launch(*batch) for batch in batches]
     order = random.Random(seed).sample(range(len(batches)), len(batches))
 
     for n in order:
-        assert_equal(flights[n].wait(), pair.eager.route(*batches[n]))
-        assert_equal(flights[n].wait(), pair.eager.route(*batches[n]))
+        for _ in range(2):
+            answers = flights[n].wait()
+            assert_same(answers, pair.eager.route(*batches[n]), rounding=pair.rounding)
 
 
 @pytest.mark.parametrize("count", [2, 9])
-def test_a_batch_is_ready_when_its_answers_have_come(backbone: Backbone, count: int) -> None:
+def test_a_batch_is_ready_when_its_answers_have_come(on_cpu: Backbone, count: int) -> None:
     streams = LateStreams(0)
-    replayed = Pair(backbone, streams=streams).replayed
-    replayed.prepare()
-    launched = replayed.launch(pixels(count), [Ask()] * count)
+    pair = Pair(on_cpu, streams=streams)
+    pair.replayed.prepare()
+    launched = pair.replayed.launch(pair.pixels(count), [Ask()] * count)
     assert not launched.ready
     while streams.step():
         pass
     assert launched.ready
 
 
-def test_two_batches_are_in_flight_and_a_third_waits_for_the_first(backbone: Backbone) -> None:
-    replayed = Pair(backbone, streams=LateStreams(1)).replayed
-    replayed.prepare()
+def test_two_batches_are_in_flight_and_a_third_waits_for_the_first(on_cpu: Backbone) -> None:
+    pair = Pair(on_cpu, streams=LateStreams(1))
+    pair.replayed.prepare()
     flights: list[Launched] = []
     for expected in ([False], [False, False], [True, False, False], [True, True, False, False]):
-        flights.append(replayed.launch(pixels(1), [Ask()]))
+        flights.append(pair.replayed.launch(pair.pixels(1), [Ask()]))
         assert [flight.ready for flight in flights] == expected
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_capture_waits_for_the_batches_in_flight(backbone: Backbone, seed: int) -> None:
+def test_a_capture_waits_for_the_batches_in_flight(on_cpu: Backbone, seed: int) -> None:
     """The answers are computed but not yet fetched when a task comes that wants the image."""
     streams = LateStreams(seed)
-    pair = Pair(backbone, streams=streams, first_expert_block=1)
+    pair = Pair(on_cpu, streams=streams, first_expert_block=1)
     asks = [Ask(pair.load(1)), Ask()]
-    expected = pair.eager.route(pixels(2), asks)
-    flight = pair.replayed.launch(pixels(2), asks)
+    expected = pair.eager.route(pair.pixels(2), asks)
+    flight = pair.replayed.launch(pair.pixels(2), asks)
     while streams.main.waiting:
         streams.step()
-    level = random_selector(STEM, random=torch.Generator().manual_seed(2)).levels[0]
+    level = random_selector({"stem:mean_std": 128}, random=torch.Generator().manual_seed(2)).levels[
+        0
+    ]
     greedy = TaskSelector((replace(level, center=1e6),), threshold=math.inf, alpha=None)
     path = pair.load(2, selector=greedy)
-    later = pair.replayed.launch(pixels(2, seed=1), asks)
+    later = pair.replayed.launch(pair.pixels(2, seed=1), asks)
 
-    assert_equal(flight.wait(), expected)
+    assert_same(flight.wait(), expected)
     assert later.wait().paths[1] == path != expected.paths[1]
 
 
@@ -347,5 +219,5 @@ def test_a_path_that_is_not_loaded_never_reaches_a_device(backbone: Backbone) ->
     path = pair.load(1)
     for wrong in (path + 1, SMALL.paths, -2, -7):
         with pytest.raises(ValueError, match=f"path {wrong} is not loaded"):
-            pair.replayed.launch(pixels(2), [Ask(path), Ask(wrong)])
+            pair.replayed.launch(pair.pixels(2), [Ask(path), Ask(wrong)])
     assert pair.captures.replayed == []
