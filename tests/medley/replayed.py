@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from medley.backbone import Backbone
 from medley.classifier import Ask, Classifier, Routed
+from medley.experts import TaskExperts
 from medley.pool import Capacity
 from medley.precision import Precision
 from medley.replay import ReplayedClassifier
-from medley.routed import ZERO_SHOT, RoutedModel
+from medley.routed import ZERO_SHOT, PackedTask, RoutedModel
 from medley.selector import TaskSelector
 from medley.streams import Capture, Work, streams_of
 from tests.fakes import random_selector
@@ -100,10 +101,15 @@ class Pair:
         self.rounding = 0.0 if backbone.device.type == "cpu" else ROUNDING[precision]
 
     def load(self, seed: int, *, first: int = 1, selector: TaskSelector | None = None) -> int:
-        backbone = self.model.backbone
-        path = self.model.load(random_experts(seed, first_expert_block=first, backbone=backbone))
-        chance = torch.Generator().manual_seed(seed)
-        stem = random_selector({"stem:mean_std": 2 * backbone.image.width}, random=chance)
+        experts = random_experts(seed, first_expert_block=first, backbone=self.model.backbone)
+        return self.enter(experts, seed=seed, selector=selector)
+
+    def enter(
+        self, task: TaskExperts | PackedTask, *, seed: int, selector: TaskSelector | None = None
+    ) -> int:
+        path = self.model.load(task)
+        chance, width = torch.Generator().manual_seed(seed), self.model.backbone.image.width
+        stem = random_selector({"stem:mean_std": 2 * width}, random=chance)
         for classifier in (self.eager, self.replayed):
             classifier.selectors.add(path, selector or replace(stem, threshold=0.0))
         return path

@@ -1,6 +1,7 @@
 """Replayed batches over a longer time and on a real backbone; on a CPU too, by the stand-in."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from medley.precision import Precision
 from medley.routed import ZERO_SHOT
 from tests.devices import DEVICES
 from tests.medley.replayed import Pair, assert_same, mixed, tiny_on
+from tests.models import random_experts
 
 SWAPS = 200
 
@@ -57,6 +59,24 @@ def test_swaps_leave_the_bits_of_other_tasks_and_the_memory_as_they_were(
 
     assert pair.captured() == ["selection"] * SWAPS
     assert all(later <= sooner for sooner, later in zip(*held_bytes, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tasks_are_packed_by_another_thread_while_graphs_are_captured(device: str) -> None:
+    """Packing pins memory, which a capture of the whole process would not survive."""
+    pair = Pair(tiny_on(device), precision="bf16", buckets=(4,))
+    kept = pair.load(1)
+    with ThreadPoolExecutor(1) as aside:
+        packing = [
+            aside.submit(pair.model.pack, random_experts(seed, first_expert_block=seed % 3))
+            for seed in range(30)
+        ]
+        for seed, packed in enumerate(packing):
+            path = pair.enter(packed.result(), seed=seed)
+            assert {kept, path} <= set(pair.check(4, [Ask(kept), Ask(path), Ask()]).paths)
+            pair.unload(path)
+
+    assert pair.captured().count("trunk") > len(packing) // 2
 
 
 def memory_bytes(device: str) -> tuple[int, ...]:
