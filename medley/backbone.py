@@ -93,9 +93,10 @@ def load_backbone(
         device: where it is to live.
 
     Raises:
-        BackboneError: unknown architecture or tag, weights missing or not fitting, or a tower that
-            cannot take experts.
+        BackboneError: unknown architecture or tag, weights missing or not fitting, a tower that
+            cannot take experts, or a device that is not there.
     """
+    _check_device(device)
     if name == MINI:
         model: Clip = load_mini(weights)
         tokenizer: Tokenizer = mini_tokenizer()
@@ -131,6 +132,15 @@ def wrap(model: Clip, *, name: str, tokenizer: Tokenizer) -> Backbone:
         logit_scale=float(model.logit_scale.detach().exp()),
         fingerprint=_fingerprint(model, preprocess),
     )
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise BackboneError(f"there is no device {str(device)!r}; use cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackboneError(f"device {device} needs a GPU, and torch finds none here")
 
 
 def _open_clip_model(name: str, weights: Path | None) -> Clip:

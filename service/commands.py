@@ -212,7 +212,7 @@ def _one_line_errors() -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        _fail(f"{where}: {first['msg']}")
+        _fail(f"{where or 'settings'}: {first['msg'].removeprefix('Value error, ')}")
     except (MedleyError, RefusedError, UnreachableError) as error:
         _fail("; ".join(getattr(error, "problems", None) or [str(error)]))
 

@@ -115,6 +115,14 @@ def test_an_image_does_not_depend_on_its_neighbours(seed: int, bucket: int) -> N
     assert torch.equal(beside(seed + 1), beside(seed + 2))
 
 
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(BackboneError, match=f"device '?{device}"):
+        load_backbone(device=device)
+
+
 @pytest.mark.parametrize("bucket", [1, 4, 8])
 def test_an_image_does_not_depend_on_its_place_and_neighbours_in_our_own_base(bucket: int) -> None:
     backbone = load_backbone()
