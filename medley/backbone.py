@@ -30,7 +30,7 @@ from medley.errors import BackboneError
 from medley.mini import load_mini, mini_tokenizer
 from medley.tower import ImageTower, TextTower, image_tower, text_tower
 
-__all__ = ["MINI", "Backbone", "load_backbone", "wrap"]
+__all__ = ["MINI", "Backbone", "find_device", "load_backbone", "wrap"]
 
 MINI = "medley-mini"
 Clip = Any  # open_clip's CLIP or CustomTextCLIP; the package ships no types
@@ -79,6 +79,21 @@ class Backbone:
         return self.tokenizer(list(texts)).to(self.device)
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        BackboneError: torch knows no such name, or finds no GPU where it means one.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackboneError(f"there is no device {str(name)!r}; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackboneError(f"device {name} needs a GPU, and torch finds none here")
+    return device
+
+
 def load_backbone(
     name: str = MINI, *, weights: Path | None = None, device: str | torch.device = "cpu"
 ) -> Backbone:
@@ -96,7 +111,7 @@ def load_backbone(
         BackboneError: unknown architecture or tag, weights missing or not fitting, a tower that
             cannot take experts, or a device that is not there.
     """
-    _check_device(device)
+    device = find_device(device)
     if name == MINI:
         model: Clip = load_mini(weights)
         tokenizer: Tokenizer = mini_tokenizer()
@@ -132,15 +147,6 @@ def wrap(model: Clip, *, name: str, tokenizer: Tokenizer) -> Backbone:
         logit_scale=float(model.logit_scale.detach().exp()),
         fingerprint=_fingerprint(model, preprocess),
     )
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise BackboneError(f"there is no device {str(device)!r}; use cpu or cuda") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackboneError(f"device {device} needs a GPU, and torch finds none here")
 
 
 def _open_clip_model(name: str, weights: Path | None) -> Clip:

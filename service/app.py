@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import torch
 from fastapi import FastAPI
 
-from medley.backbone import Backbone, load_backbone
+from medley.backbone import Backbone, find_device, load_backbone
 from medley.classifier import Classifier
 from medley.extractor import Extractor, load_alexnet
 from medley.images import ImageLimits
@@ -131,7 +131,8 @@ def load_backbone_of(settings: Settings) -> Backbone:
 def _extractors(settings: Settings) -> list[Extractor]:
     if settings.alexnet_weights is None:
         return []
-    return [load_alexnet(settings.alexnet_weights, device=settings.device)]
+    device = find_device(settings.device)
+    return [load_alexnet(settings.alexnet_weights, device=device)]
 
 
 def _classifier(

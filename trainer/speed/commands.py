@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from trainer.options import PrecisionName
 from trainer.progress import bars
 
 if TYPE_CHECKING:
@@ -28,14 +29,6 @@ class DeviceName(StrEnum):
 
     CPU = "cpu"
     CUDA = "cuda"
-
-
-class PrecisionName(StrEnum):
-    """How the image tower computes."""
-
-    EXACT = "exact"
-    FP32 = "fp32"
-    BF16 = "bf16"
 
 
 Out = Annotated[Path, typer.Option("--out", help="Folder of lines, report and picture.")]
@@ -217,12 +210,13 @@ def _one(
     report_only: bool,
 ) -> list[Goal]:
     """Measure one bench into a folder and write its report; return its goals."""
-    from trainer.speed.environment import open_device, run_of
+    from medley.backbone import find_device
+    from trainer.speed.environment import run_of
     from trainer.speed.measurement import Journal
     from trainer.speed.report import write_report
 
     if not report_only:
-        on = open_device(device.value)
+        on = find_device(device.value)
         bench, run = make(on), run_of(on)
         err.print(f"{run.machine}; {run.versions}", highlight=False)
         journal = Journal(folder, run)

@@ -1,4 +1,4 @@
-"""The device that is asked for, or one line that says why not; and what a run is measured on."""
+"""What a run is measured on: command, machine, device, versions."""
 
 from __future__ import annotations
 
@@ -10,31 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from medley.errors import DataError
 from trainer.bench.machine import machine
 from trainer.speed.measurement import Run
 
-__all__ = ["open_device", "run_of"]
+__all__ = ["run_of"]
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "medley-clip")
 SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-
-
-def open_device(name: str) -> torch.device:
-    """Return the device.
-
-    Raises:
-        DataError: with code `device`: there is none of that name, or no GPU here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DataError(f"there is no device {name!r}; use cpu or cuda", code="device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DataError(f"speed is measured on cpu or cuda, not on {name}", code="device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda needs a GPU, and torch finds none here", code="device")
-    return device
 
 
 def run_of(device: torch.device) -> Run:
