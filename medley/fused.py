@@ -25,7 +25,6 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.expert_mixing import expert_mixing_norm
 from medley.mini import Stem
 from medley.pool import ExpertPool
 from medley.tower import Block, ImageTower, OpenClipBlock, image_tower
@@ -54,21 +53,7 @@ class Mixing:
         self, x_BLD: Tensor, out_bias_D: Tensor, norm: tuple[Tensor, Tensor], eps: float
     ) -> tuple[Tensor, Tensor]:
         """Return x with the experts and a bias added, and the LayerNorm of x; both (B, L, D)."""
-        pool, block = self.pool, self.block
-        return expert_mixing_norm(
-            x_BLD,
-            self.paths_B,
-            pool.weights_NS2RD[block],
-            pool.biases_NSF[block],
-            pool.routers_NPDE[block],
-            pool.slots_NPE[block],
-            pool.top_k_P,
-            pool.scale_P,
-            out_bias_D,
-            *norm,
-            max_top_k=pool.capacity.max_top_k,
-            eps=eps,
-        )
+        return self.pool.mixing_norm(self.block, x_BLD, self.paths_B, out_bias_D, *norm, eps=eps)
 
 
 class Step(Protocol):

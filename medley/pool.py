@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.expert_mixing import choose, expert_mixing
+from kernels.expert_mixing import choose, expert_mixing, expert_mixing_norm
 from medley.errors import CapacityError
 from medley.experts import BlockExperts
 from medley.streams import Streams, streams_of
@@ -169,15 +169,30 @@ class ExpertPool:
     def mixing(self, block: int, x_BLD: Tensor, paths_B: Tensor) -> Tensor:
         """Return what each row's experts add to the output of `block`, (B, L, D)."""
         return expert_mixing(
+            x_BLD, paths_B, *self._tables(block), max_top_k=self.capacity.max_top_k
+        )
+
+    def mixing_norm(
+        self,
+        block: int,
+        x_BLD: Tensor,
+        paths_B: Tensor,
+        out_bias_D: Tensor,
+        norm_weight_D: Tensor,
+        norm_bias_D: Tensor,
+        *,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return x with the experts of `block` and a bias added, and the LayerNorm of x."""
+        return expert_mixing_norm(
             x_BLD,
             paths_B,
-            self.weights_NS2RD[block],
-            self.biases_NSF[block],
-            self.routers_NPDE[block],
-            self.slots_NPE[block],
-            self.top_k_P,
-            self.scale_P,
+            *self._tables(block),
+            out_bias_D,
+            norm_weight_D,
+            norm_bias_D,
             max_top_k=self.capacity.max_top_k,
+            eps=eps,
         )
 
     def gates(self, block: int, x_BLD: Tensor, paths_B: Tensor) -> Tensor:
@@ -202,6 +217,17 @@ class ExpertPool:
     def free_slots(self) -> int:
         """Free slots of the fullest block."""
         return min((len(block.free) for block in self._blocks), default=0)
+
+    def _tables(self, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the ops read of a block, in their order."""
+        return (
+            self.weights_NS2RD[block],
+            self.biases_NSF[block],
+            self.routers_NPDE[block],
+            self.slots_NPE[block],
+            self.top_k_P,
+            self.scale_P,
+        )
 
     def _check(self, block: int, experts: BlockExperts) -> None:
         blocks, _, _, full, width = self.weights_NS2RD.shape
