@@ -202,7 +202,7 @@ def check_buckets(buckets: Sequence[int]) -> None:
     for bucket in buckets:
         if bucket < 1 or bucket & (bucket - 1):
             # Threads split another number of rows unevenly, and a row's place begins to matter.
-            raise ValueError(f"buckets: the batch size {bucket} is not a power of two")
+            raise ValueError(f"the batch size {bucket} is not a power of two")
     if not buckets or list(buckets) != sorted(set(buckets)):
         raise ValueError(f"the batch sizes {list(buckets)} must be one or more, and ascend")
 

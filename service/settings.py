@@ -10,7 +10,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from medley.classifier import check_buckets
@@ -23,6 +23,16 @@ MIB = 1024 * 1024
 
 def _numbers(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def _batch_sizes(buckets: tuple[int, ...]) -> tuple[int, ...]:
+    check_buckets(buckets)
+    return buckets
+
+
+Buckets = Annotated[
+    tuple[int, ...], NoDecode, BeforeValidator(_numbers), AfterValidator(_batch_sizes)
+]
 
 
 class Settings(BaseSettings):
@@ -64,7 +74,7 @@ class Settings(BaseSettings):
         default=2, ge=1, description="Most experts that one image may take in a block"
     )
 
-    buckets: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_numbers)] = Field(
+    buckets: Buckets = Field(
         default=(1,), description="Images per forward: ascending powers of two, with commas"
     )
     max_wait_ms: float = Field(
@@ -100,7 +110,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Settings:
-        check_buckets(self.buckets)
         if self.max_top_k > self.max_experts:
             raise ValueError(f"max_top_k {self.max_top_k} > max_experts {self.max_experts}")
         if self.queue_limit < self.max_images:
