@@ -111,7 +111,7 @@ class Stem(nn.Module):
     def folded(self) -> Stem:
         """A copy with the batch norms folded into the convolutions: the same up to rounding.
 
-        27 % less time for one image, 20 % at 8 (2 cores of an AMD EPYC, float32, 2026-11).
+        It takes about a fifth less time (docs/adr/0015).
         """
         stem = copy.deepcopy(self)
         for module in list(stem.trunk.modules()):
