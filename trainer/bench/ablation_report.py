@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from medley.markdown import table
 from trainer.bench.ablations import Ablation
 from trainer.bench.metrics import OverSeeds, over_seeds
 from trainer.bench.pictures import bars_png
-from trainer.bench.tables import cell, cells, table
+from trainer.bench.tables import cell, cells
 
 __all__ = ["Cell", "markdown", "picture"]
 

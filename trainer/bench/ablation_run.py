@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 
 from medley.backbone import Backbone
 from medley.errors import DataError
+from medley.machine import machine
 from trainer.bench.ablation_report import Cell, markdown, picture
 from trainer.bench.ablations import Ablation, Arms
 from trainer.bench.course import Course, Plan, open_course, tap_names
-from trainer.bench.machine import machine
 from trainer.bench.trials import learning_trial, routing_trial
 from trainer.checkpoint import make_folder, write_whole
 from trainer.progress import Bars

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medley.machine import machine
 from trainer.bench.cil_plan import CilResult, markdown
-from trainer.bench.machine import machine
 from trainer.bench.pictures import steps_png
 from trainer.checkpoint import write_whole
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from medley.markdown import NOTHING, table
 from trainer.bench.record import Record, Routing
 from trainer.bench.results import Result, routers_of
-from trainer.bench.tables import NOTHING, table
 
 __all__ = ["goals"]
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from medley.markdown import NOTHING, table
 from trainer.bench.anchors import Anchor, anchors
 from trainer.bench.gallery import Picture, gallery
 from trainer.bench.goals import goals
 from trainer.bench.metrics import over_seeds
 from trainer.bench.record import Cost, Record, Routing
 from trainer.bench.results import Result, check_comparable, results_of, routed_right, routers_of
-from trainer.bench.tables import NOTHING, cell, cells, table
+from trainer.bench.tables import cell, cells
 from trainer.checkpoint import make_folder, write_whole
 
 __all__ = ["markdown", "write_report"]

@@ -16,9 +16,9 @@ from pydantic import JsonValue
 
 from medley.backbone import Backbone
 from medley.errors import DataError
+from medley.machine import machine
 from trainer.bench import adapters, baselines
 from trainer.bench.course import Course, Plan, open_course, tap_names
-from trainer.bench.machine import machine
 from trainer.bench.record import Cost, Record, Routing, Row, Scores, load, save
 from trainer.bench.report import write_report
 from trainer.bench.rivals import rivals

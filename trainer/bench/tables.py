@@ -1,20 +1,13 @@
-"""Markdown tables and the numbers in them: mean +- spread over the seeds."""
+"""The numbers in Markdown tables: mean +- spread over the seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from medley.markdown import NOTHING
 from trainer.bench.metrics import OverSeeds
 
-__all__ = ["cell", "cells", "table"]
-
-NOTHING = "-"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a bar within a cell is escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_escaped, row)) + " |" for row in lines)
+__all__ = ["cell", "cells"]
 
 
 def cell(result: OverSeeds | None, seeds: int, *, scale: float = 100, form: str = ".1f") -> str:
@@ -36,7 +29,3 @@ def cell(result: OverSeeds | None, seeds: int, *, scale: float = 100, form: str 
 def cells(results: Iterable[OverSeeds | None], seeds: int) -> list[str]:
     """A row of `cell` in per cent."""
     return [cell(result, seeds) for result in results]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.speed.measurement import Journal
+from medley.journal import Journal
 from trainer.speed.timing import Pass, Work, graphed, in_turns, over
 
 __all__ = ["measure_ceiling"]

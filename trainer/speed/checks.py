@@ -11,10 +11,10 @@ from torch.nn.functional import layer_norm
 
 from kernels.autoencoder_errors import autoencoder_errors
 from kernels.expert_mixing import expert_mixing
+from medley.journal import Conditions, Journal, Measurement
 from trainer.speed.baselines import oracle
 from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.block import Block, Shape, make_block
-from trainer.speed.measurement import Conditions, Journal, Measurement
 from trainer.speed.norm import EPS, random_norm, within
 from trainer.speed.timing import reason
 

@@ -211,8 +211,8 @@ def _one(
 ) -> list[Goal]:
     """Measure one bench into a folder and write its report; return its goals."""
     from medley.backbone import find_device
-    from trainer.speed.environment import run_of
-    from trainer.speed.measurement import Journal
+    from medley.journal import Journal
+    from medley.machine import run_of
     from trainer.speed.report import write_report
 
     if not report_only:

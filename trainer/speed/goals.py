@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trainer.bench.tables import table
+from medley.journal import Measurement
+from medley.markdown import table
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.checks import right
-from trainer.speed.measurement import Measurement
 from trainer.speed.scoring import FORWARD, tasks_column
 from trainer.speed.summary import Quartiles, Row, rows_of
 from trainer.speed.swapping import LEAK

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from kernels.expert_mixing import choose
+from medley.journal import Journal
 from trainer.speed.baselines import Column, baselines, oracle
 from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.baselines.rows import routed
 from trainer.speed.block import SHAPES, Block, Shape, make_block, mixes_of
 from trainer.speed.ceiling import measure_ceiling
 from trainer.speed.checks import check_kernels
-from trainer.speed.measurement import Journal
 from trainer.speed.norm import norm_passes
 from trainer.speed.timing import Pass, Timed, Work, graphed, in_turns, over, reason
 

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from medley.journal import Measurement
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.goals import DDAS_PERCENT, EXPERTS_PERCENT
-from trainer.speed.measurement import Measurement
 from trainer.speed.mixing import ROUTER
 from trainer.speed.scoring import FORWARD
 from trainer.speed.summary import Row, rows_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from medley.backbone import MINI, Backbone
+from medley.journal import Journal
 from medley.precision import PRECISIONS, Precision
-from trainer.speed.measurement import Journal
 from trainer.speed.mixing import KernelsPlan, measure_kernels
 from trainer.speed.scoring import DdasPlan, measure_ddas
 from trainer.speed.swapping import SwapPlan, measure_swap

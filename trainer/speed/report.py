@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medley.files import write_whole
+from medley.journal import Measurement, read_lines
 from trainer.speed.goals import Goal, goals_of, goals_table
-from trainer.speed.measurement import Measurement, read_lines
 from trainer.speed.pictures import PICTURES
 from trainer.speed.sections import SECTIONS
 

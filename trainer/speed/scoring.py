@@ -17,11 +17,11 @@ from torchvision.models import AlexNet
 
 from kernels.autoencoder_errors import autoencoder_errors
 from medley.backbone import Backbone
+from medley.journal import Journal
 from medley.precision import Precision
 from medley.routed import RoutedModel
 from medley.selector import SelectorBank
 from trainer.ddas import DEFAULT_FEATURES
-from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector
 from trainer.speed.timing import Pass, Work, graphed, in_turns
 

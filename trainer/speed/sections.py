@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from trainer.bench.tables import NOTHING, table
+from medley.journal import Measurement
+from medley.markdown import NOTHING, table
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.checks import right
-from trainer.speed.measurement import Measurement
 from trainer.speed.mixing import PREDICTED_US, ROUTER
 from trainer.speed.scoring import FORWARD
 from trainer.speed.summary import Quartiles, Row, rows_of

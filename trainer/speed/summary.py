@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.speed.measurement import Conditions, Measurement
+from medley.journal import Conditions, Measurement
 
 __all__ = ["Quartiles", "Row", "quartiles", "rows_of"]
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from medley.backbone import Backbone
 from medley.classifier import Ask
 from medley.experts import TaskExperts
+from medley.journal import Journal
 from medley.pool import Capacity
 from medley.precision import Precision
 from medley.routed import PackedTask, RoutedModel
 from medley.selector import TaskSelector
 from trainer.bench.memory import reset_peak_memory
 from trainer.speed.block import BOTTLENECK, TOP_K
-from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector, random_task
 from trainer.speed.towers import open_classifier
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from medley.backbone import MINI, Backbone, load_backbone, wrap
 from medley.classifier import Ask, Classifier
+from medley.journal import Journal
 from medley.pool import Capacity
 from medley.precision import PRECISIONS, Precision, dtype_of
 from medley.replay import ReplayedClassifier
 from medley.routed import ZERO_SHOT, RoutedModel
 from trainer.speed.block import BOTTLENECK, SHARED_EXPERTS, TASKS, TOP_K
-from trainer.speed.measurement import Journal
 from trainer.speed.tasks import random_selector, random_task
 from trainer.speed.timing import Pass, Work, graphed, in_turns
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.speed.measurement import Conditions, Journal, Run
+from medley.journal import Conditions, Journal, Run
 
 RUN = Run(
     command="medley bench speed", machine="a desk", device="cpu", versions="1", started="2026-11-22"

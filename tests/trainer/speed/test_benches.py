@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from medley.journal import Conditions, Journal, Measurement, read_lines
 from tests.models import tiny_backbone
 from tests.trainer.test_commands import medley
 from trainer.speed import commands
 from trainer.speed.block import Shape
 from trainer.speed.commands import DeviceName
-from trainer.speed.measurement import Conditions, Journal, Measurement, read_lines
 from trainer.speed.mixing import KernelsPlan, measure_kernels
 from trainer.speed.plans import Bench
 from trainer.speed.scoring import DdasPlan, measure_ddas

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from medley.errors import DataError
+from medley.journal import FILE, Journal, read_lines
 from tests.trainer.speed.made_up import RUN, lines
 from trainer.speed.goals import goals_of
-from trainer.speed.measurement import FILE, Journal, read_lines
 from trainer.speed.report import REPORT, write_report, write_summary
 from trainer.speed.summary import rows_of
 

@@ -43,7 +43,7 @@ class Measurement:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     run: Run
-    bench: str  # kernels, model, ddas, swap; ceiling and check belong to all of them
+    bench: str  # which one: kernels, swap, serve, ...
     conditions: Conditions
     column: str
     times_s: tuple[float, ...] = ()  # of one call, by round
