@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import torch
@@ -19,12 +18,16 @@ from medley.prompts import class_text_features
 from medley.replay import ReplayedClassifier
 from medley.routed import RoutedModel
 from service import openapi, problems
+from service.access import Gate
 from service.classification import Classification
+from service.decoding import Decoding
 from service.engine import Engine
+from service.inference import Inference
 from service.labels import LabelCache
 from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
 from service.registry import LocalRegistry
+from service.residency import Residency
 from service.routes import classify, probes, tasks
 from service.settings import Settings
 from service.state import Service
@@ -67,10 +70,17 @@ def create_app(
 
     metrics = Metrics()
     extractors = _extractors(settings)
-    app = FastAPI(title="Medley", version=package_version(), lifespan=lifespan)
+    app = FastAPI(
+        title="Medley",
+        version=package_version(),
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
     problems.install(app)
     for routes in (classify.routes, tasks.routes, probes.routes):
         app.include_router(routes)
+    app.add_middleware(Gate, settings=settings, openapi=lambda: app.openapi())
     app.add_middleware(RequestContext, metrics=metrics, generation=generation)
     openapi.describe(app)
     return app
@@ -96,11 +106,17 @@ async def _start(
     engine = _engine(settings, metrics, classifier)
     engine.start()
     stack.callback(engine.stop)
-    service_tasks = Tasks(
-        registry=registry,
+    residency = Residency(
         store=store,
         engine=engine,
         classifier=classifier,
+        metrics=metrics,
+        max_bundle_bytes=settings.max_bundle_bytes,
+    )
+    service_tasks = Tasks(
+        registry=registry,
+        store=store,
+        residency=residency,
         metrics=metrics,
         max_bundle_bytes=settings.max_bundle_bytes,
         on_step=on_step,
@@ -108,19 +124,24 @@ async def _start(
     await service_tasks.restore()
     await asyncio.wrap_future(engine.run(classifier.prepare))
     await asyncio.wrap_future(engine.prove())  # not ready before a forward has succeeded
-    decoders = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, "decode"))
-    classification = Classification(
-        backbone=backbone,
-        engine=engine,
-        live=service_tasks.live,
-        labels=_label_cache(settings, classifier.model, engine),
+    decoding = Decoding(
+        backbone,
+        threads=settings.decode_threads,
         limits=ImageLimits(
             max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
         ),
-        decoders=decoders,
         metrics=metrics,
     )
-    return Service(settings, backbone, engine, service_tasks, classification, metrics)
+    stack.callback(decoding.close)
+    inference = Inference(engine=engine, live=residency.live, decoding=decoding, metrics=metrics)
+    classification = Classification(
+        inference,
+        _label_cache(settings, classifier.model, engine),
+        logit_scale=backbone.logit_scale,
+    )
+    return Service(
+        settings, backbone, engine, service_tasks, inference, classification, metrics
+    )
 
 
 def load_backbone_of(settings: Settings) -> Backbone:

@@ -1,34 +1,26 @@
 """The life of a task version on this server: taken in, live, rolled back, gone, restored at start.
 
-Order of every change: bytes to the store, admission on the device, one registry transaction, flip
-of the pointer in memory. So a crash leaves the registry before or after, and nothing is reported
-live that is not. One change at a time; requests go on meanwhile.
+Order of every change: bytes to the store, admission on the device (`service/residency.py`), one
+registry transaction, flip of the pointer in memory. So a crash leaves the registry before or after,
+and nothing is reported live that is not. One change at a time; requests go on meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from medley.admission import PackedBundle, admit, pack, retire
-from medley.bundle import Bundle, read_bundle
-from medley.classifier import Classifier
-from medley.errors import MedleyError
-from medley.prompts import class_text_features
-from service.engine import Engine
+from medley.bundle import Bundle
 from service.errors import ConflictError, RequestError
-from service.live import Key, LabelSet, Live, Resident, Snapshot
+from service.live import Live
 from service.metrics import Metrics
 from service.registry import Desired, Registry, VersionRecord, now
+from service.residency import Residency
 from service.store import BundleStore, Upload
 
 __all__ = ["RESERVED_NAMES", "Registered", "Tasks"]
 
-log = logging.getLogger(__name__)
 RESERVED_NAMES = frozenset({"auto", "base"})
 
 
@@ -51,37 +43,29 @@ class Tasks:
         *,
         registry: Registry,
         store: BundleStore,
-        engine: Engine,
-        classifier: Classifier,
+        residency: Residency,
         metrics: Metrics,
         max_bundle_bytes: int,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         self._registry = registry
         self._store = store
-        self._engine = engine
-        self._classifier = classifier
+        self._residency = residency
         self._metrics = metrics
         self._max_bundle_bytes = max_bundle_bytes
         self._on_step = on_step
         self._changes = asyncio.Lock()
-        self.live = Live(unload=self._unload_later)
+
+    @property
+    def live(self) -> Live:
+        """What is served now."""
+        return self._residency.live
 
     async def restore(self) -> None:
         """Load what the registry wants; a version that cannot be loaded is marked, not fatal."""
         desired = await asyncio.to_thread(self._registry.read)
         await asyncio.to_thread(self._store.clean, {r.digest for r in desired.versions})
-        residents: dict[Key, Resident] = {}
-        failed: dict[Key, str] = {}
-        live_first = sorted(desired.versions, key=lambda r: desired.live.get(r.task) != r.version)
-        for record in live_first:
-            key = (record.task, record.version)
-            try:
-                residents[key] = await self._restored(record)
-            except MedleyError as error:
-                log.error("%s@%s cannot be served: %s", record.task, record.version, error)
-                failed[key] = str(error)
-        self._publish(Snapshot(desired, residents, failed))
+        await self._residency.restore(desired)
 
     async def register(
         self, task: str, version: str, chunks: AsyncIterator[bytes], *, activate: bool
@@ -99,7 +83,7 @@ class Tasks:
                 await asyncio.to_thread(upload.write, chunk)
             await asyncio.to_thread(upload.finish)
             self._on_step("received")
-            bundle = await asyncio.to_thread(self._read, upload.path)
+            bundle = await asyncio.to_thread(self._residency.read, upload.path)
             _check_names(bundle, task, version)
             self._on_step("verified")
             async with self._changes:
@@ -115,7 +99,7 @@ class Tasks:
         """Make the version live that was live before; returns which."""
         async with self._changes:
             desired = await asyncio.to_thread(self._registry.rollback, task)
-            self._publish(replace(self.live.snapshot, desired=desired))
+            self._residency.publish(desired)
             return desired.live[task]
 
     async def delete_version(self, task: str, version: str) -> None:
@@ -153,21 +137,19 @@ class Tasks:
     ) -> None:
         """Device first, registry second, memory last; undone in reverse if a step is refused."""
         try:
-            resident = await self._admitted(record, bundle)
+            resident = await self._residency.admit(record, bundle)
             self._on_step("admitted")
             try:
                 desired = await self._committed(record, new=new, activate=activate)
             except BaseException:
-                self._unload_later(resident.path)
+                self._residency.discard(resident)
                 raise
         except BaseException:
             if new:
                 self._store.remove(record.digest)
             raise
         self._on_step("committed")
-        key, snapshot = (record.task, record.version), self.live.snapshot
-        failed = {k: reason for k, reason in snapshot.failed.items() if k != key}
-        self._publish(Snapshot(desired, snapshot.residents | {key: resident}, failed))
+        self._residency.publish(desired, resident)
         self._on_step("published")
 
     async def _committed(self, record: VersionRecord, *, new: bool, activate: bool) -> Desired:
@@ -179,74 +161,14 @@ class Tasks:
 
     async def _activate(self, task: str, version: str) -> None:
         desired = await asyncio.to_thread(self._registry.activate, task, version)
-        self._publish(replace(self.live.snapshot, desired=desired))
+        self._residency.publish(desired)
 
     async def _drop(self, desired: Desired) -> None:
         """Serve no more what the registry has no more."""
-        snapshot = self.live.snapshot
-        gone = snapshot.desired.records.keys() - desired.records.keys()
-        residents = {k: r for k, r in snapshot.residents.items() if k not in gone}
-        failed = {k: reason for k, reason in snapshot.failed.items() if k not in gone}
-        self._publish(Snapshot(desired, residents, failed))
-        for key in gone:
-            digest = snapshot.desired.records[key].digest
-            await asyncio.to_thread(self._store.remove, digest)
-
-    async def _restored(self, record: VersionRecord) -> Resident:
-        bundle = await asyncio.to_thread(self._read, self._store.path(record.digest))
-        if bundle.digest != record.digest:
-            raise ConflictError("the bundle in the store is another one", code="version_exists")
-        return await self._admitted(record, bundle)
-
-    async def _admitted(self, record: VersionRecord, bundle: Bundle) -> Resident:
-        start_s = time.monotonic()
-        try:
-            packed = await asyncio.to_thread(pack, bundle, self._classifier)
-            resident = await asyncio.wrap_future(
-                self._engine.run(lambda: self._admit(record, packed))
-            )
-        except MedleyError:
-            self._metrics.bundle_loads.labels("refused").inc()
-            raise
-        self._metrics.bundle_loads.labels("ok").inc()
-        self._metrics.bundle_load_s.observe(time.monotonic() - start_s)
-        return resident
-
-    def _admit(self, record: VersionRecord, packed: PackedBundle) -> Resident:
-        """Runs on the engine's thread."""
-        bundle, model = packed.bundle, self._classifier.model
-        manifest = bundle.manifest
-        names = tuple(manifest.class_names)
-        path = admit(packed, self._classifier)
-        try:
-            zero_shot = class_text_features(model, names, manifest.templates)
-        except BaseException:
-            retire(path, self._classifier)
-            raise
-        return Resident(
-            record=record,
-            path=path,
-            templates=tuple(manifest.templates),
-            own=LabelSet("task", names, bundle.tensors["class_text_features"].float()),
-            zero_shot=LabelSet("task", names, zero_shot.cpu()),
-            threshold=packed.selector.threshold,
-        )
-
-    def _read(self, path: Path) -> Bundle:
-        return read_bundle(path, max_bytes=self._max_bundle_bytes)
-
-    def _unload_later(self, path: int) -> None:
-        self._engine.run(lambda: retire(path, self._classifier))
-
-    def _publish(self, snapshot: Snapshot) -> None:
-        before, after = self.live.snapshot.residents, snapshot.residents
-        for task, version in before.keys() - after.keys():
-            self._metrics.bundle_resident.remove(task, version)
-        for task, version in after:
-            self._metrics.bundle_resident.labels(task, version).set(1)
-        self._metrics.generation.labels("desired").set(snapshot.desired.generation)
-        self._metrics.generation.labels("observed").set(snapshot.desired.generation)
-        self.live.publish(snapshot)
+        before = self.live.snapshot.desired.records
+        self._residency.publish(desired)
+        for key in before.keys() - desired.records.keys():
+            await asyncio.to_thread(self._store.remove, before[key].digest)
 
 
 def _check_names(bundle: Bundle, task: str, version: str) -> None:
