@@ -139,9 +139,7 @@ async def _start(
         _label_cache(settings, classifier.model, engine),
         logit_scale=backbone.logit_scale,
     )
-    return Service(
-        settings, backbone, engine, service_tasks, inference, classification, metrics
-    )
+    return Service(settings, backbone, engine, service_tasks, inference, classification, metrics)
 
 
 def load_backbone_of(settings: Settings) -> Backbone:

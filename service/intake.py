@@ -1,4 +1,4 @@
-"""From an HTTP request to image bytes and options, and from image bytes to pixels.
+"""From an HTTP request to images, as they came, and options.
 
 Three forms are read: JSON with base64, multipart with files, and one raw image with the options in
 the query. Every read is bounded. Nothing is fetched from anywhere: no URL, no path.
@@ -24,6 +24,8 @@ from service.schemas import ClassifyOptions, ClassifyRequest
 from service.settings import Settings
 
 __all__ = [
+    "Base64",
+    "ImageSource",
     "Intake",
     "checked",
     "field_errors",
@@ -36,16 +38,21 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
+class Base64:
+    """An image file as text; whether it is valid is found out where it is decoded."""
+
+    text: str
+
+
+ImageSource = bytes | Base64  # `bytes` are the image file
+
+
+@dataclass(frozen=True)
 class Intake:
-    """What a request brought: image files (`str` is base64) and how to classify them."""
+    """What a request brought: images and how to classify them."""
 
-    images: list[bytes | str]
+    images: list[ImageSource]
     options: ClassifyOptions
-
-    @property
-    def single(self) -> bool:
-        """Whether one image's error is the request's error."""
-        return len(self.images) == 1
 
 
 async def read_classification(request: Request, settings: Settings) -> Intake:
@@ -68,8 +75,8 @@ async def read_classification(request: Request, settings: Settings) -> Intake:
     return intake
 
 
-def image_bytes(image: bytes | str) -> bytes:
-    """The file's bytes; `str` is base64.
+def image_bytes(image: ImageSource) -> bytes:
+    """The file's bytes.
 
     Raises:
         ImageError: the base64 is not valid.
@@ -77,7 +84,7 @@ def image_bytes(image: bytes | str) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        return base64.b64decode(image, validate=True)
+        return base64.b64decode(image.text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError("bytes_b64 is not base64", code="bad_base64") from error
 
@@ -100,7 +107,7 @@ def _from_json(body: bytes, query: QueryParams) -> Intake:
         raise RequestError("a JSON request has its options in the body, not in the query")
     request = checked(ClassifyRequest, body)
     images = [request.image] if request.image else request.images or []
-    return Intake([image.bytes_b64 for image in images], request)
+    return Intake([Base64(image.bytes_b64) for image in images], request)
 
 
 async def _from_form(request: Request) -> Intake:

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from medley.classifier import check_buckets
 from medley.precision import Precision
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "is_loopback"]
 
 MIB = 1024 * 1024
 
@@ -50,6 +50,10 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         default=None,
         description="Bearer key that changes need; without one they work on a loopback host only",
+    )
+    read_key: SecretStr | None = Field(
+        default=None,
+        description="Bearer key that everything but probes needs; without one nobody is asked",
     )
 
     backbone: str = Field(default="medley-mini", description="Name of the frozen CLIP")
@@ -86,6 +90,9 @@ class Settings(BaseSettings):
     decode_threads: int = Field(default=2, ge=1, description="Threads that decode images")
     heartbeat_s: float = Field(
         default=10.0, gt=0, description="An idle engine proves itself with a forward this often"
+    )
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, description="Longest time for one request; clients may ask for less"
     )
     drain_s: int = Field(
         default=20, ge=0, description="Longest wait for requests in flight at shutdown"
@@ -124,10 +131,11 @@ class Settings(BaseSettings):
     @property
     def changes_allowed(self) -> bool:
         """Whether tasks may be changed at all: with a key, or from this machine only."""
-        return self.admin_key is not None or _is_loopback(self.host)
+        return self.admin_key is not None or is_loopback(self.host)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine's own address."""
     if host == "localhost":
         return True
     try:

@@ -12,6 +12,7 @@ from medley.backbone import Backbone
 from service.classification import Classification
 from service.engine import Engine
 from service.errors import AccessError
+from service.inference import Inference
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tasks import Tasks
@@ -27,6 +28,7 @@ class Service:
     backbone: Backbone
     engine: Engine
     tasks: Tasks
+    inference: Inference
     classification: Classification
     metrics: Metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from service.call import call_of, until_gone
 from service.intake import read_classification
 from service.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
 from service.schemas import ClassifyResponse
@@ -20,11 +21,11 @@ async def classify(request: Request, service: CurrentService) -> Response:
 
     Options are fields of the JSON, form fields, or query parameters.
     """
+    call = call_of(request, service.settings)
     intake = await read_classification(request, service.settings)
-    timed = await service.classification.classify(intake)
-    stages = [f"{name};dur={1000 * s:.2f}" for name, s in timed.stages_s.items()]
+    timed = await until_gone(request, service.classification.classify(intake, call))
     headers = {
-        "Server-Timing": ", ".join(stages),
+        "Server-Timing": call.server_timing(timed.stages_s),
         "X-Registry-Generation": str(timed.response.generation),
     }
     body = timed.response.model_dump_json(exclude_none=True)

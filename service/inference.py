@@ -1,0 +1,153 @@
+"""Images to answers, for every route: decode, queue, forward, and what a route makes of an answer.
+
+What became of each image is counted here and nowhere else. Knows nothing of labels or of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from torch import Tensor
+
+from medley.errors import ImageError
+from service.call import Call
+from service.decoding import Decoding
+from service.engine import Answer, Engine
+from service.errors import DeadlineError, QueueFullError
+from service.intake import ImageSource
+from service.live import Live
+from service.metrics import Metrics
+from service.planning import Plan, make_plan
+
+__all__ = ["Became", "Inference", "Outcome"]
+
+T = TypeVar("T")
+Head = Callable[[Answer], Awaitable[T]]
+Became = Literal["ok", "client_error", "rejected", "cancelled", "deadline", "error"]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a route's head made of each image, in their order, and how long the stages took."""
+
+    results: list[T | ImageError]
+    stages_s: dict[str, float]  # decode, queue, forward, head
+
+    def raise_alone(self) -> None:
+        """Let the error of an only image be the request's.
+
+        Raises:
+            ImageError: that one.
+        """
+        if len(self.results) == 1 and isinstance(self.results[0], ImageError):
+            raise self.results[0]
+
+
+class Inference:
+    """What all routes share between an image's bytes and its answer."""
+
+    def __init__(self, *, engine: Engine, live: Live, decoding: Decoding, metrics: Metrics) -> None:
+        self._engine = engine
+        self._live = live
+        self._decoding = decoding
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def planned(
+        self, model: str, call: Call, *, labels: tuple[str, ...] | None = None
+    ) -> AsyncIterator[Plan]:
+        """Decide what to ask, and keep what is asked loaded until the `with` block ends.
+
+        Raises:
+            NotFoundError, UnavailableError: the model cannot be had.
+        """
+        with self._live.lease() as snapshot:
+            yield make_plan(snapshot, model, labels)
+
+    async def run(
+        self, images: Sequence[ImageSource], plan: Plan, call: Call, head: Head[T]
+    ) -> Outcome[T]:
+        """Answer the images of one request.
+
+        A bad image fails alone: its error stands where its result would. Everything else that goes
+        wrong fails the request. Cancelling this leaves nothing behind that waits.
+
+        Args:
+            images: at least one.
+            plan: what to ask for each of them; its lease must last until this returns.
+            call: whose request it is; at its deadline everything here is cancelled.
+            head: makes a result of an answer; runs on the event loop.
+
+        Raises:
+            DeadlineError: the deadline passed.
+            QueueFullError: too many images wait.
+            EngineError: the batch failed.
+        """
+        try:
+            async with call.in_time():
+                return await self._run(images, plan, call, head)
+        except (Exception, asyncio.CancelledError) as error:  # counted and passed on
+            for _ in images:
+                self._count(None, plan, _became(error))
+            raise
+
+    async def _run(
+        self, images: Sequence[ImageSource], plan: Plan, call: Call, head: Head[T]
+    ) -> Outcome[T]:
+        start_s = time.monotonic()
+        pixels = await asyncio.gather(*[self._pixels(image) for image in images])
+        decode_s = time.monotonic() - start_s
+        answers = await self._ask([p for p in pixels if isinstance(p, Tensor)], plan)
+        start_s = time.monotonic()
+        made = iter([await head(answer) for answer in answers])
+        results = [p if isinstance(p, ImageError) else next(made) for p in pixels]
+        stages_s = {
+            "decode": decode_s,
+            "queue": max((a.queue_s for a in answers), default=0.0),
+            "forward": max((a.forward_s for a in answers), default=0.0),
+            "head": time.monotonic() - start_s,
+        }
+        answered = iter(answers)
+        for p in pixels:
+            if isinstance(p, ImageError):
+                self._count(None, plan, "client_error")
+            else:
+                self._count(next(answered), plan, "ok")
+        return Outcome(results, stages_s)
+
+    async def _pixels(self, image: ImageSource) -> Tensor | ImageError:
+        try:
+            return await self._decoding.pixels(image)
+        except ImageError as error:
+            return error
+
+    async def _ask(self, pixels: Sequence[Tensor], plan: Plan) -> list[Answer]:
+        """Whatever ends this, no image of it is left in the queue."""
+        futures = [asyncio.wrap_future(f) for f in self._engine.submit(pixels, plan.ask)]
+        try:
+            return await asyncio.gather(*futures)
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _count(self, answer: Answer | None, plan: Plan, became: Became) -> None:
+        """The one place where an image is counted; `answer` is given if it has been answered."""
+        resident = plan.snapshot.by_path.get(answer.path) if answer else None
+        task = resident.record.task if resident else None
+        self._metrics.count_image(task, plan.routed_by, became)
+        if answer and plan.routed_by == "auto":
+            self._metrics.router_decisions.labels("task" if task else "zero_shot").inc()
+
+
+def _became(error: BaseException) -> Became:
+    """What an error that ended a whole request makes of its images."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, DeadlineError):
+        return "deadline"
+    return "rejected" if isinstance(error, QueueFullError) else "error"
