@@ -1,16 +1,20 @@
 """One thread that owns the model: a queue of images, batches, and jobs between batches.
 
 Nothing else may touch the model while the thread runs. An image waits until a batch is full or
-the oldest image has waited `max_wait_s`. A job (load, unload, encode texts) runs between two
-batches, in the order in which jobs came, one per round, so that neither starves the other.
+the oldest image has waited `max_wait_s`; lanes take turns (`service/queue.py`). One that is
+cancelled or past its deadline gives its place up. A job (load, unload, encode texts) runs between
+two batches, in the order in which jobs came, one per round, so that neither starves the other.
 
 Where a device computes by itself one batch is in flight: the next is launched before the answers of
 the one before are waited for. Where a launched batch is there at once, as on a CPU, none is.
+
+A batch that finds no memory is tried again in halves, down to one image, with nothing beside it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -25,13 +29,25 @@ from torch import Tensor
 from medley.classifier import Ask, Launched, Routed
 from medley.errors import MedleyError
 from medley.routed import ZERO_SHOT
-from service.errors import EngineError, QueueFullError, UnavailableError
+from service.errors import (
+    DeadlineError,
+    EngineError,
+    OutOfMemoryError,
+    QueueFullError,
+    UnavailableError,
+)
 from service.metrics import Metrics
+from service.queue import FairQueue
 
 __all__ = ["Answer", "Engine", "Launch"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+STARVED = 3  # images in a row that find no memory even alone, before the process should end
+MAX_RETRY_AFTER_S = 30
+PACE_WEIGHT = 0.2  # of the latest batch
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Launch(Protocol):
@@ -51,13 +67,16 @@ class Answer:
     accepted: dict[int, bool]
     queue_s: float
     forward_s: float  # from its launch until its answers were there
+    batch_images: int  # how many went together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Item:
     pixels_CHW: Tensor
     ask: Ask
+    lane: str
     submitted_s: float
+    deadline_s: float
     future: Future[Answer] = field(default_factory=Future)
 
 
@@ -100,13 +119,17 @@ class Engine:
         self._heartbeat_s = heartbeat_s
         self._clock = clock
         self._changed = threading.Condition()
-        self._items: deque[_Item] = deque()
+        self._queue: FairQueue[_Item] = FairQueue(queue_limit)
         self._jobs: deque[_Job] = deque()
-        self._flight: _Flight | None = None  # the engine's thread's own
+        self._pace = _Pace()
+        self._flight: _Flight | None = None  # this and the next are the engine's thread's own
+        self._unfit: list[Sequence[_Item]] = []  # batches that found no memory
+        self._starved = 0
         self._stopping = False
         self._last_success_s: float | None = None
+        self._beat_due_s = float("-inf")
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        metrics.queue_depth.set_function(lambda: len(self._items))
+        metrics.queue_depth.set_function(lambda: len(self._queue))
         metrics.queue_oldest_s.set_function(self.oldest_wait_s)
         metrics.last_forward_age_s.set_function(self.last_success_age_s)
 
@@ -122,22 +145,58 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, pixels: Sequence[Tensor], ask: Ask) -> list[Future[Answer]]:
+    def submit(
+        self,
+        pixels: Sequence[Tensor],
+        ask: Ask | Sequence[Ask],
+        *,
+        lane: str = "",
+        deadline_s: float | None = None,
+    ) -> list[Future[Answer]]:
         """Queue the images of one request, all or none.
 
+        A future that is cancelled before its batch is made gives its place up at once. One whose
+        deadline passes before that ends with DeadlineError; one that finds no memory even alone,
+        with OutOfMemoryError; one whose batch fails, with EngineError.
+
+        Args:
+            pixels: uint8, one image each.
+            ask: for all of them, or one for each.
+            lane: with whom they share their turn; lanes take turns, image by image.
+            deadline_s: `time.monotonic()` (the engine's clock) from which on nobody wants them.
+
         Raises:
-            QueueFullError: not all of them find room.
+            QueueFullError: not all of them find room; see `FairQueue` for what a lane may take.
             UnavailableError: the engine has stopped.
+            ValueError: there are more or fewer asks than images.
         """
-        now_s = self._clock()
-        items = [_Item(pixels_CHW, ask, now_s) for pixels_CHW in pixels]
+        asks = [ask] * len(pixels) if isinstance(ask, Ask) else ask
+        end_s = math.inf if deadline_s is None else deadline_s
         with self._changed:
             self._check_open()
-            if len(self._items) + len(items) > self._queue_limit:
-                raise QueueFullError(f"{len(self._items)} images wait, limit {self._queue_limit}")
-            self._items.extend(items)
+            now_s = self._clock()
+            items = [
+                _Item(pixels_CHW, ask, lane, now_s, end_s)
+                for pixels_CHW, ask in zip(pixels, asks, strict=True)
+            ]
+            late = self._queue.expire(now_s)
+            found_room, waiting = self._queue.put(items), len(self._queue)
             self._changed.notify()
+        _end_late(late)
+        if not found_room:
+            raise QueueFullError(
+                f"{waiting} images wait, limit {self._queue_limit}",
+                retry_after_s=self._pace.retry_after_s(waiting),
+            )
+        for item in items:
+            item.future.add_done_callback(self._leave)
         return [item.future for item in items]
+
+    def _leave(self, future: Future[Answer]) -> None:
+        """Free the place of an image that nobody waits for; called in whoever cancels."""
+        if future.cancelled():
+            with self._changed:
+                self._queue.remove(future)
 
     def prove(self) -> Future[Answer]:
         """Send a blank image through, as zero-shot."""
@@ -169,7 +228,7 @@ class Engine:
     def oldest_wait_s(self) -> float:
         """How long the oldest waiting image has waited; 0 if none waits."""
         with self._changed:
-            return self._clock() - self._items[0].submitted_s if self._items else 0.0
+            return self._clock() - self._queue.oldest_s if self._queue else 0.0
 
     def last_success_age_s(self) -> float:
         """Time since the last forward that succeeded; infinite before the first."""
@@ -178,55 +237,57 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the thread runs and finds memory; if not, the process had better start anew."""
+        return self._thread.is_alive() and self._starved < STARVED
 
     def _check_open(self) -> None:
         if self._stopping:
             raise UnavailableError("the server is shutting down", code="draining")
 
     def _loop(self) -> None:
-        while True:
-            with self._changed:
-                wait_s = self._wait_s()
-                while wait_s > 0:
-                    self._changed.wait(wait_s)
-                    wait_s = self._wait_s()
-                ended = self._stopping and not self._items and not self._jobs
-                job = self._jobs.popleft() if self._jobs else None
-                batch = self._take_batch() if self._batch_wait_s() <= 0 else []
-            if job is not None:
-                self._settle()
-                self._do(job)
-            if batch:
-                self._launch(batch)
-            elif self._flight is not None:
-                self._settle()
-            elif ended:
-                return
-            elif job is None:
-                self._beat()
+        while self._turn():
+            pass  # a turn keeps nothing: its images go with it
 
-    def _wait_s(self) -> float:
-        """How long there is nothing to do: until a batch is due, or else a heartbeat."""
+    def _turn(self) -> bool:
+        """Wait until something is due and do it; whether there may be more to do."""
+        with self._changed:
+            while (wait_s := self._due_s() - self._clock()) > 0:
+                self._changed.wait(wait_s)
+            late = self._queue.expire(self._clock())
+            ended = self._stopping and not self._queue and not self._jobs
+            job = self._jobs.popleft() if self._jobs else None
+            batch = self._take_batch() if self._batch_due_s() <= self._clock() else []
+        _end_late(late)
+        if job is not None:
+            self._settle()
+            self._do(job)
+        if batch:
+            self._launch(batch)
+        elif self._flight is not None:
+            self._settle()
+        elif ended:
+            return False
+        elif job is None and self._beat_due_s <= self._clock():
+            self._beat()
+        self._retry()
+        return True
+
+    def _due_s(self) -> float:
+        """When there is something to do: a batch, an end of waiting, or else a heartbeat."""
         if self._jobs or self._stopping or self._flight is not None:
-            return 0.0
-        if self._items:
-            return self._batch_wait_s()
-        return self._heartbeat_s - self.last_success_age_s()
+            return float("-inf")
+        idle_s = float("inf") if self._queue else self._beat_due_s
+        return min(self._batch_due_s(), self._queue.expiry_s, idle_s)
 
-    def _batch_wait_s(self) -> float:
-        if not self._items:
-            return float("inf")
-        if len(self._items) >= self._max_batch or self._stopping:
-            return 0.0
-        return self._items[0].submitted_s + self._max_wait_s - self._clock()
+    def _batch_due_s(self) -> float:
+        if len(self._queue) >= self._max_batch or self._stopping:
+            return float("-inf")
+        return self._queue.oldest_s + self._max_wait_s
 
     def _take_batch(self) -> list[_Item]:
-        """Up to a full batch; an image whose client has given up is left out."""
+        """Up to a full batch; an image whose client has given up this moment is left out."""
         batch: list[_Item] = []
-        while self._items and len(batch) < self._max_batch:
-            item = self._items.popleft()
+        while len(batch) < self._max_batch and (item := self._queue.pop()):
             if item.future.set_running_or_notify_cancel():
                 batch.append(item)
         return batch
@@ -249,43 +310,78 @@ class Engine:
             self._fail(items, error)
             return None
 
-    def _settle(self) -> bool:
-        """Wait for the batch in flight, if there is one, and answer it; whether it succeeded."""
+    def _settle(self) -> None:
+        """Wait for the batch in flight, if there is one, and answer it."""
         flight, self._flight = self._flight, None
         if flight is None:
-            return False
+            return
         try:
             routed = flight.launched.wait()
         except Exception as error:  # outermost loop of a worker: the batch fails, the thread lives
             self._fail(flight.items, error)
-            return False
-        self._last_success_s = self._clock()
-        self._answer(flight, routed, self._last_success_s - flight.start_s)
-        return True
+            return
+        self._last_success_s = now_s = self._clock()
+        self._beat_due_s = now_s + self._heartbeat_s
+        self._starved = 0
+        self._answer(flight, routed, now_s)
 
-    def _answer(self, flight: _Flight, routed: Routed, forward_s: float) -> None:
+    def _answer(self, flight: _Flight, routed: Routed, now_s: float) -> None:
+        forward_s = now_s - flight.start_s
         if flight.items:
+            self._pace.note(len(flight.items), flight.start_s, now_s)
             self._observe(flight, routed, forward_s)
         for row, item in enumerate(flight.items):
             queue_s = flight.start_s - item.submitted_s
             item.future.set_result(_answer_of(routed, row, queue_s, forward_s))
 
     def _fail(self, items: Sequence[_Item], error: Exception) -> None:
+        """End a batch that failed; one that found no memory is kept for another try."""
+        if _is_out_of_memory(error):
+            self._note_no_memory(f"a batch of {len(items)} images", error)
+            if items:
+                self._unfit.append(items)
+            else:
+                self._starved += 1
+            return
         self._metrics.batch_failures.inc()
         log.error("a batch of %d images failed", len(items), exc_info=error)
-        failure = EngineError("the batch failed")
-        failure.__cause__ = error
         for item in items:
+            failure = EngineError("the batch failed")
+            failure.__cause__ = error
             item.future.set_exception(failure)
 
+    def _retry(self) -> None:
+        """Compute in parts what found no memory, once nothing else is in flight."""
+        if self._unfit:
+            self._settle()
+        batches, self._unfit = self._unfit, []
+        for items in batches:
+            self._compute_in_parts(items)
+
+    def _compute_in_parts(self, items: Sequence[_Item]) -> None:
+        """Compute halves one after the other; one image is tried once more, now alone."""
+        for part in _halves(items):
+            self._launch(part)
+            self._settle()
+            if not self._unfit:
+                continue
+            self._unfit.clear()
+            if len(part) > 1:
+                self._compute_in_parts(part)
+            else:
+                self._starved += 1
+                part[0].future.set_exception(OutOfMemoryError("no memory for this image alone"))
+
+    def _note_no_memory(self, who: str, error: Exception) -> None:
+        """Count and log; the error itself is not kept, as its frames hold the batch's tensors."""
+        self._metrics.out_of_memory.inc()
+        log.warning("%s found no memory: %s", who, str(error).partition("\n")[0])
+
     def _beat(self) -> None:
-        """Prove the engine with a blank image; wait for the next turn if it fails."""
+        """Prove the engine with a blank image; if it fails, the next time is as far away."""
+        self._beat_due_s = self._clock() + self._heartbeat_s
         self._flight = self._launched([], [self._blank_CHW], [Ask(ZERO_SHOT)])
-        if not self._settle():
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: bool(self._jobs or self._items or self._stopping), self._heartbeat_s
-                )
+        self._settle()
 
     def _do(self, job: _Job) -> None:
         if not job.future.set_running_or_notify_cancel():
@@ -295,11 +391,17 @@ class Engine:
         except MedleyError as error:
             job.future.set_exception(error)
         except Exception as error:  # outermost loop of a worker: the job fails, the thread lives
-            self._metrics.batch_failures.inc()
-            log.exception("a job failed")
-            job.future.set_exception(error)
+            job.future.set_exception(self._job_failure(error))
         else:
             job.future.set_result(result)
+
+    def _job_failure(self, error: Exception) -> Exception:
+        if _is_out_of_memory(error):
+            self._note_no_memory("a job", error)
+            return OutOfMemoryError("no memory for this now")
+        self._metrics.batch_failures.inc()
+        log.error("a job failed", exc_info=error)
+        return error
 
     def _observe(self, flight: _Flight, routed: Routed, forward_s: float) -> None:
         self._metrics.batch_images.observe(len(flight.items))
@@ -311,6 +413,45 @@ class Engine:
             )
 
 
+class _Pace:
+    """How long an image has taken lately, while there were images."""
+
+    def __init__(self) -> None:
+        self._image_s: float | None = None
+        self._last_end_s = float("-inf")
+
+    def note(self, images: int, start_s: float, end_s: float) -> None:
+        """Add a batch; what it shared with the one before counts once."""
+        image_s = (end_s - max(start_s, self._last_end_s)) / images
+        before_s = image_s if self._image_s is None else self._image_s
+        self._image_s = before_s + PACE_WEIGHT * (image_s - before_s)
+        self._last_end_s = end_s
+
+    def retry_after_s(self, waiting: int) -> int:
+        """When so many will have been answered, in whole seconds for a Retry-After header."""
+        return min(max(1, math.ceil((self._image_s or 0.0) * waiting)), MAX_RETRY_AFTER_S)
+
+
+def _halves(items: Sequence[_Item]) -> list[Sequence[_Item]]:
+    """Both halves, or the one that there is."""
+    middle = (len(items) + 1) // 2
+    return [half for half in (items[:middle], items[middle:]) if half]
+
+
+def _end_late(late: Sequence[_Item]) -> None:
+    """Answer images that were taken out of the queue since nobody waits for them any more."""
+    for item in late:
+        if item.future.set_running_or_notify_cancel():
+            item.future.set_exception(DeadlineError("the deadline passed while the image waited"))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is that; on a CPU, and for pinned memory, torch says so in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+
+
 def _answer_of(routed: Routed, row: int, queue_s: float, forward_s: float) -> Answer:
     scores, accepted = routed.scores_BT[row].tolist(), routed.accepted_BT[row].tolist()
     return Answer(
@@ -320,4 +461,5 @@ def _answer_of(routed: Routed, row: int, queue_s: float, forward_s: float) -> An
         accepted=dict(zip(routed.tasks, accepted, strict=True)),
         queue_s=queue_s,
         forward_s=forward_s,
+        batch_images=len(routed.paths),
     )

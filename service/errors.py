@@ -24,10 +24,13 @@ __all__ = [
     "STATUS_OF_CODE",
     "AccessError",
     "ConflictError",
+    "DeadlineError",
     "EngineError",
     "MediaTypeError",
     "NotFoundError",
+    "OutOfMemoryError",
     "PayloadError",
+    "PreconditionError",
     "QueueFullError",
     "RequestError",
     "ServiceError",
@@ -80,15 +83,25 @@ class MediaTypeError(ServiceError):
 
 
 class NotFoundError(ServiceError):
-    """No such task or version; codes: unknown_task, unknown_version, no_live_version."""
+    """No such thing; codes: unknown_task, unknown_version, unknown_alias, unknown_operation,
+    no_live_version.
+    """
 
     code = "unknown_task"
 
 
 class ConflictError(ServiceError):
-    """The registry says otherwise; codes: version_exists, version_live, no_earlier_version."""
+    """The registry says otherwise; codes: version_exists, version_live, version_in_use,
+    alias_conflict, no_earlier_version.
+    """
 
     code = "conflict"
+
+
+class PreconditionError(ServiceError):
+    """What a request asks for in If-Match or If-None-Match is not so any more."""
+
+    code = "precondition_failed"
 
 
 class AccessError(ServiceError):
@@ -98,10 +111,19 @@ class AccessError(ServiceError):
 
 
 class QueueFullError(ServiceError):
-    """More images wait than this server lets wait."""
+    """More images wait than this server lets wait; `retry_after_s` says when to come again."""
 
     code = "queue_full"
-    retry_after_s = 1
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(ServiceError):
+    """The time that the client gave has passed; nothing was computed for it."""
+
+    code = "deadline_passed"
 
 
 class UnavailableError(ServiceError):
@@ -122,6 +144,12 @@ class EngineError(ServiceError):
     code = "internal"
 
 
+class OutOfMemoryError(EngineError):
+    """The device has no memory to compute even one image, or one job, alone."""
+
+    code = "out_of_memory"
+
+
 STATUS: dict[type[MedleyError], int] = {
     MedleyError: 500,
     BackboneError: 500,
@@ -136,11 +164,14 @@ STATUS: dict[type[MedleyError], int] = {
     MediaTypeError: 415,
     NotFoundError: 404,
     ConflictError: 409,
+    PreconditionError: 412,
     AccessError: 401,
     QueueFullError: 429,
     UnavailableError: 503,
     StorageError: 507,
     EngineError: 500,
+    DeadlineError: 504,
+    OutOfMemoryError: 503,
 }
 STATUS_OF_CODE = {  # a code that says more than its class
     "too_large": 413,

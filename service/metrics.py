@@ -1,30 +1,47 @@
 """What a server tells Prometheus. One registry per app: two apps in one process do not mix.
 
-Labels come from small closed sets. The one open set, task names, is capped: beyond
-`MAX_TASK_LABELS` names the rest is counted as `other`, and a deleted task's series go.
+Labels come from small closed sets. The one open set, task names, is capped: beyond `task_series`
+names the rest is counted as `other`, and the series of a task that is gone go. `docs/metrics.md`
+has the same list for people; a test compares the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 
-__all__ = ["MAX_TASK_LABELS", "Metrics", "package_version"]
+__all__ = ["OTHER", "ZERO_SHOT_LABEL", "Metrics", "package_version"]
 
-MAX_TASK_LABELS = 200
 ZERO_SHOT_LABEL = "zero_shot"
+OTHER = "other"  # tasks beyond the cap, and such as are gone when their last images are counted
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MARGINS = (-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10)  # of scores, which are about standard
 
 
 class Metrics:
     """All metrics of one app, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, task_series: int = 200) -> None:
+        """Make them all.
+
+        Args:
+            task_series: task names that have series of their own.
+        """
+        disable_created_metrics()  # as many series again, which nobody asks for; process-wide
         self.registry = registry = CollectorRegistry()
-        self._task_labels: set[str] = set()
+        self._task_series = task_series
+        self._own: set[str] = set()  # tasks with series of their own
+        self._folded: set[str] = set()  # tasks counted as `other`
         self.requests = Counter(
             "medley_requests",
             "HTTP requests by operation and status",
@@ -33,7 +50,8 @@ class Metrics:
         )
         self.request_duration_s = Histogram(
             "medley_request_duration_seconds",
-            "HTTP requests, from first byte in to last byte out",
+            "HTTP requests, from their headers in to the last byte out",
+            ["operation"],
             buckets=_SECONDS,
             registry=registry,
         )
@@ -54,6 +72,29 @@ class Metrics:
             "medley_router_decisions",
             "What DDAS decided for images asked as auto",
             ["decision"],
+            registry=registry,
+        )
+        self.router_margin = Histogram(
+            "medley_router_margin",
+            "Threshold minus score of the task that knew an auto image best; accepted from 0 up",
+            ["task"],
+            buckets=_MARGINS,
+            registry=registry,
+        )
+        self.task_forward_s = Counter(
+            "medley_task_forward_seconds",
+            "A task's share of the forwards: each image its part of its batch",
+            ["task"],
+            registry=registry,
+        )
+        self.folded_tasks = Gauge(
+            "medley_folded_tasks", "Tasks without series of their own", registry=registry
+        )
+        self.folded_tasks.set_function(lambda: len(self._folded))
+        self.problems = Counter(
+            "medley_problems",
+            "Problems answered, of a request or of one image in it, by code",
+            ["code"],
             registry=registry,
         )
         self.inflight = Gauge(
@@ -79,6 +120,9 @@ class Metrics:
         )
         self.batch_failures = Counter(
             "medley_batch_failures", "Batches and jobs that failed", registry=registry
+        )
+        self.out_of_memory = Counter(
+            "medley_out_of_memory", "Forwards and jobs that found no memory", registry=registry
         )
         self.bundle_resident = Gauge(
             "medley_bundle_resident",
@@ -114,20 +158,33 @@ class Metrics:
 
     def count_image(self, task: str | None, route: str, outcome: str) -> None:
         """Count one image; `task` is None for zero-shot."""
-        self.images.labels(self._task_label(task), route, outcome).inc()
+        self.images.labels(self.task_label(task), route, outcome).inc()
 
-    def forget_task(self, task: str) -> None:
-        """Drop the series of a task that is gone, so that churn does not pile them up."""
-        self._task_labels.discard(task)
-        self.images.remove_by_labels({"task": task})
-
-    def _task_label(self, task: str | None) -> str:
+    def task_label(self, task: str | None) -> str:
+        """The label of a task; None is zero-shot."""
         if task is None:
             return ZERO_SHOT_LABEL
-        if task not in self._task_labels and len(self._task_labels) >= MAX_TASK_LABELS:
-            return "other"
-        self._task_labels.add(task)
+        if task in self._own:
+            return task
+        if len(self._own) >= self._task_series:
+            self._folded.add(task)
+            return OTHER
+        self._folded.discard(task)
+        self._own.add(task)
         return task
+
+    def keep_tasks(self, tasks: Collection[str]) -> None:
+        """Drop the series of all other tasks, so that churn does not pile them up."""
+        for task in self._own.difference(tasks):
+            self.forget_task(task)
+        self._folded.intersection_update(tasks)
+
+    def forget_task(self, task: str) -> None:
+        """Drop the series of a task that is gone."""
+        self._own.discard(task)
+        self._folded.discard(task)
+        for metric in (self.images, self.router_margin, self.task_forward_s):
+            metric.remove_by_labels({"task": task})
 
 
 def package_version() -> str:
