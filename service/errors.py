@@ -83,16 +83,18 @@ class MediaTypeError(ServiceError):
 
 
 class NotFoundError(ServiceError):
-    """No such thing; codes: unknown_task, unknown_version, unknown_alias, unknown_operation,
-    no_live_version.
+    """No such thing.
+
+    Codes: unknown_task, unknown_version, unknown_alias, unknown_operation, no_live_version.
     """
 
     code = "unknown_task"
 
 
 class ConflictError(ServiceError):
-    """The registry says otherwise; codes: version_exists, version_live, version_in_use,
-    alias_conflict, no_earlier_version.
+    """The registry says otherwise.
+
+    Codes: version_exists, version_live, version_in_use, alias_conflict, no_earlier_version.
     """
 
     code = "conflict"

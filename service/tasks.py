@@ -15,7 +15,7 @@ from medley.bundle import Bundle
 from service.errors import ConflictError, RequestError
 from service.live import Live
 from service.metrics import Metrics
-from service.registry import Desired, Registry, VersionRecord, now
+from service.registry import LIVE, Desired, Registry, VersionRecord, now
 from service.residency import Residency
 from service.store import BundleStore, Upload
 
@@ -156,11 +156,13 @@ class Tasks:
         if new:
             return await asyncio.to_thread(self._registry.register, record, activate=activate)
         if activate:
-            return await asyncio.to_thread(self._registry.activate, record.task, record.version)
+            return await asyncio.to_thread(
+                self._registry.set_alias, record.task, LIVE, record.version
+            )
         return self.live.snapshot.desired
 
     async def _activate(self, task: str, version: str) -> None:
-        desired = await asyncio.to_thread(self._registry.activate, task, version)
+        desired = await asyncio.to_thread(self._registry.set_alias, task, LIVE, version)
         self._residency.publish(desired)
 
     async def _drop(self, desired: Desired) -> None:

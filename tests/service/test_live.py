@@ -17,7 +17,8 @@ def resident(task: str, version: str, path: int, names: tuple[str, ...] = ("x",)
 
 
 def snapshot(*residents: Resident, live: dict[str, str]) -> Snapshot:
-    desired = Desired(1, tuple(r.record for r in residents), live)
+    aliases = {task: {"live": version} for task, version in live.items()}
+    desired = Desired(1, tuple(r.record for r in residents), aliases)
     return Snapshot(desired, {(r.record.task, r.record.version): r for r in residents})
 
 
