@@ -1,21 +1,32 @@
-"""What FastAPI cannot see by itself: the three forms of a classification, and problems."""
+"""What FastAPI cannot see by itself: bodies in several forms, problems, keys."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from service.access import RULES, Level
 from service.problems import PROBLEM_JSON
 from service.schemas import ClassifyOptions, ClassifyRequest, Problem
 
-__all__ = ["CLASSIFY_BODY", "PROBLEM_RESPONSES", "describe"]
+__all__ = ["CLASSIFY_BODY", "PROBLEM_RESPONSES", "describe", "operations"]
 
 _REF = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
 
+
+def _query(options: type[BaseModel]) -> list[dict[str, Any]]:
+    """Options as query parameters: for bodies that have no room for them."""
+    schemas = options.model_json_schema()["properties"]
+    return [{"name": n, "in": "query", "schema": schema} for n, schema in schemas.items()]
+
+
 CLASSIFY_BODY: dict[str, Any] = {
+    "parameters": _query(ClassifyOptions),
     "requestBody": {
         "required": True,
         "content": {
@@ -30,7 +41,7 @@ CLASSIFY_BODY: dict[str, Any] = {
             },
             "image/*": {"schema": _BINARY},
         },
-    }
+    },
 }
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -38,17 +49,41 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="Problem")}}},
     }
 }
+_KEYS = {
+    "adminKey": {"type": "http", "scheme": "bearer", "description": "MEDLEY_ADMIN_KEY"},
+    "readKey": {"type": "http", "scheme": "bearer", "description": "MEDLEY_READ_KEY, if it is set"},
+}
+_SECURITY: dict[Level, list[dict[str, list[str]]]] = {
+    Level.OPEN: [],
+    Level.READ: [{}, {"readKey": []}, {"adminKey": []}],
+    Level.CHANGE: [{"adminKey": []}],
+}
 
 
 def describe(app: FastAPI) -> None:
-    """Add the schemas that `CLASSIFY_BODY` and `PROBLEM_RESPONSES` name."""
+    """Complete the OpenAPI document of `app`."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            models: list[Any] = [ClassifyRequest, ClassifyOptions, Problem]
-            _, extra = models_json_schema([(m, "validation") for m in models], ref_template=_REF)
-            plain()["components"]["schemas"] |= extra["$defs"]
+            _complete(plain())
         return plain()
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _complete(document: dict[str, Any]) -> None:
+    models: list[Any] = [ClassifyRequest, ClassifyOptions, Problem]
+    _, extra = models_json_schema([(m, "validation") for m in models], ref_template=_REF)
+    document["components"]["schemas"] |= extra["$defs"]
+    document["components"]["securitySchemes"] = _KEYS
+    for path, method, operation in operations(document):
+        level = RULES.get(path, {}).get(method, Level.CHANGE)
+        operation["security"] = _SECURITY[level]
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Path, method and description of each operation of a document."""
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield path, method.upper(), operation

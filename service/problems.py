@@ -1,4 +1,8 @@
-"""Every error as an `application/problem+json` answer, whoever raised it."""
+"""Every error as an answer, whoever raised it and whatever protocol the route speaks.
+
+All are `application/problem+json` with the same fields. Routes of the Open Inference Protocol have
+`error`, a string, beside them; routes in OpenAI's shape answer by its nested `error` alone.
+"""
 
 from __future__ import annotations
 
@@ -15,55 +19,85 @@ from medley.errors import MedleyError
 from service.errors import EngineError, SyntaxProblemError, problem, problem_fields
 from service.intake import field_errors
 
-__all__ = ["PROBLEM_JSON", "install", "internal_error"]
+__all__ = ["PROBLEM_JSON", "answer", "install", "internal_error", "speaks_openai"]
 
 PROBLEM_JSON = "application/problem+json"
+_OPENAI_TYPES = {  # what OpenAI's clients call them; others by whose fault it is
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def install(app: FastAPI) -> None:
     """Let `app` answer its errors by these."""
-    app.add_exception_handler(MedleyError, _medley_error)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(MedleyError, _answer)
+    app.add_exception_handler(RequestValidationError, _answer)
+    app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(ClientDisconnect, _ended_early)
 
 
 def internal_error(request: Request) -> JSONResponse:
     """What the client hears of our own bug: the request's id and nothing else."""
-    return _response(request, problem(EngineError("unexpected")))
+    return answer(request, EngineError("unexpected"))
 
 
-async def _medley_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, MedleyError)
-    return _response(request, problem(error))
+def answer(request: Request, error: Exception) -> JSONResponse:
+    """An error as this request's protocol has it."""
+    fields, headers = _fields(error)
+    request_id = request.scope["request_id"]
+    fields |= {"instance": f"{request.url.path}#{request_id}", "request_id": request_id}
+    if "retry_after_s" in fields:
+        headers["Retry-After"] = str(fields["retry_after_s"])
+    if fields["status"] == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if speaks_openai(request.url.path):
+        return JSONResponse({"error": _openai(fields)}, fields["status"], headers)
+    if _below(request.url.path, "/v2"):
+        fields["error"] = fields["detail"]
+    return JSONResponse(fields, fields["status"], headers, media_type=PROBLEM_JSON)
 
 
-async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    return _response(request, problem(field_errors(error.errors())))
+def speaks_openai(path: str) -> bool:
+    """Whether the route of this path answers in OpenAI's shape."""
+    return path == "/v1/embeddings" or _below(path, "/v1/models")
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    return answer(request, error)
 
 
 async def _ended_early(request: Request, error: Exception) -> JSONResponse:
     """Nobody hears this answer, but the metrics count it as the client's."""
     early = SyntaxProblemError("the request ended early", code="request_ended_early")
-    return _response(request, problem(early))
+    return answer(request, early)
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    code = HTTPStatus(error.status_code).name.lower()
-    fields = problem_fields(error.status_code, code, str(error.detail))
-    return _response(request, fields, dict(error.headers or {}))
+def _fields(error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
+    if isinstance(error, HTTPException):
+        code = HTTPStatus(error.status_code).name.lower()
+        fields = problem_fields(error.status_code, code, str(error.detail))
+        return fields, dict(error.headers or {})
+    if isinstance(error, RequestValidationError):
+        return problem(field_errors(error.errors())), {}
+    assert isinstance(error, MedleyError)
+    return problem(error), {}
 
 
-def _response(
-    request: Request, fields: dict[str, Any], headers: dict[str, str] | None = None
-) -> JSONResponse:
-    request_id = request.scope["request_id"]
-    fields |= {"instance": f"{request.url.path}#{request_id}", "request_id": request_id}
-    headers = headers or {}
-    if "retry_after_s" in fields:
-        headers["Retry-After"] = str(fields["retry_after_s"])
-    if fields["status"] == HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(fields, fields["status"], headers, media_type=PROBLEM_JSON)
+def _openai(fields: dict[str, Any]) -> dict[str, Any]:
+    status = fields["status"]
+    usual = (
+        "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    )
+    errors = fields.get("errors", ())
+    return {
+        "message": fields["detail"],
+        "type": _OPENAI_TYPES.get(status, usual),
+        "param": errors[0]["where"] or None if errors else None,
+        "code": fields["code"],
+    }
+
+
+def _below(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}/")
