@@ -37,7 +37,8 @@ class Metrics:
         Args:
             task_series: task names that have series of their own.
         """
-        disable_created_metrics()  # as many series again, which nobody asks for; process-wide
+        # Process-wide: as many series again, which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self._task_series = task_series
         self._own: set[str] = set()  # tasks with series of their own

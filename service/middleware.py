@@ -1,59 +1,182 @@
-"""What every request gets, whatever its route: an id, the generation, its metrics, a last net."""
+"""What every request gets, whatever its route: ids, headers, a count, a log line, a last net."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import Metrics
+from service.notes import CURRENT, Notes
 from service.problems import internal_error
+from service.tracing import RequestSpan, Tracing, Untraced, read_traceparent
 
-__all__ = ["RequestContext"]
+__all__ = ["GONE", "RequestContext"]
 
 log = logging.getLogger(__name__)
+GONE = 499  # nginx's number for a client that went away before it was answered
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_PROBES = frozenset(
+    {"/livez", "/readyz", "/startupz", "/metrics", "/v2/health/live", "/v2/health/ready"}
+)
 
 
 class RequestContext:
-    """ASGI middleware around the whole app; `generation` says which one is served now."""
+    """ASGI middleware around the whole app.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, generation: Callable[[], int]) -> None:
+    Every request is counted once, also one whose client goes away or that the end of the server
+    cuts off.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        generation: Callable[[], int],
+        tracing: Tracing | None = None,
+        replica: str = "",
+    ) -> None:
+        """Go around an app.
+
+        Args:
+            app: the app.
+            metrics: where requests are counted.
+            generation: says which one of the registry is served now.
+            tracing: where spans go; nowhere by default.
+            replica: this server's name in `X-Replica`; no such header if it is empty.
+        """
         self._app = app
         self._metrics = metrics
         self._generation = generation
+        self._tracing = tracing or Untraced()
+        self._replica = replica
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["request_id"] = _request_id(Headers(scope=scope).get("x-request-id"))
-        status = 0
+        start_s = time.monotonic()
+        headers = Headers(scope=scope)
+        parent = read_traceparent(headers.getlist("traceparent"))
+        span = self._tracing.begin(parent, headers.get("tracestate", ""))
+        notes = Notes(
+            _request_id(headers.get("x-request-id")), span.trace.trace_id, span.trace.span_id
+        )
+        scope["request_id"] = notes.request_id
+        exchange = _Exchange(receive, send, lambda: self._headers(notes, span))
+        token = CURRENT.set(notes)
+        try:
+            with self._metrics.inflight.track_inprogress():
+                await self._answered(scope, exchange)
+        finally:  # also when the task is cancelled, which is no Exception
+            self._ended(scope, exchange.final_status, notes, span, time.monotonic() - start_s)
+            CURRENT.reset(token)
 
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = scope["request_id"]
-                headers.setdefault("X-Registry-Generation", str(self._generation()))
-            await send(message)
+    async def _answered(self, scope: Scope, exchange: _Exchange) -> None:
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception:  # outermost net: the client gets an id, the log gets the rest
+            log.exception("request %s failed", scope["request_id"])
+            if exchange.status:
+                exchange.status = HTTPStatus.INTERNAL_SERVER_ERROR  # it broke off
+            else:
+                response = internal_error(Request(scope))
+                await response(scope, exchange.receive, exchange.send)
 
-        with self._metrics.inflight.track_inprogress(), self._metrics.request_duration_s.time():
-            try:
-                await self._app(scope, receive, send_with_headers)
-            except Exception:  # outermost net: the client gets an id, the log gets the rest
-                log.exception("request %s failed", scope["request_id"])
-                if not status:
-                    response = internal_error(Request(scope))
-                    await response(scope, receive, send_with_headers)
-        self._metrics.requests.labels(_operation(scope), str(status)).inc()
+    def _headers(self, notes: Notes, span: RequestSpan) -> dict[str, str]:
+        headers = {
+            "X-Request-Id": notes.request_id,
+            "X-Registry-Generation": str(self._generation()),
+            "traceparent": span.trace.header,
+        }
+        return headers | ({"X-Replica": self._replica} if self._replica else {})
+
+    def _ended(
+        self, scope: Scope, status: int, notes: Notes, span: RequestSpan, duration_s: float
+    ) -> None:
+        operation = _operation(scope)
+        self._metrics.requests.labels(operation, str(status)).inc()
+        self._metrics.request_duration_s.labels(operation).observe(duration_s)
+        for code, count in notes.problems.items():
+            self._metrics.problems.labels(code).inc(count)
+        span.end(operation, _attributes(scope, status, notes), notes.stages)
+        _log(operation, status, notes, duration_s)
+
+
+class _Exchange:
+    """One request as seen from outside the app: its status, and whether the client stayed."""
+
+    def __init__(self, receive: Receive, send: Send, headers: Callable[[], dict[str, str]]) -> None:
+        self._receive = receive
+        self._send = send
+        self._headers = headers
+        self._complete = False
+        self._gone = False
+        self.status = 0
+
+    @property
+    def final_status(self) -> int:
+        """The status that was sent, else why none was."""
+        if self.status:
+            return self.status
+        return GONE if self._gone else HTTPStatus.SERVICE_UNAVAILABLE
+
+    async def receive(self) -> Message:
+        """Hand on what comes from the client."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._complete:
+            self._gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Hand on what goes to the client, with the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self.status = GONE if self._gone else message["status"]
+            headers = MutableHeaders(scope=message)
+            for name, value in self._headers().items():
+                headers.setdefault(name, value)
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
+
+
+def _log(operation: str, status: int, notes: Notes, duration_s: float) -> None:
+    """One line per request; a probe that succeeds is for debugging only."""
+    probe = operation.rpartition(" ")[2] in _PROBES
+    level = logging.DEBUG if probe else logging.INFO
+    level = logging.WARNING if status >= HTTPStatus.INTERNAL_SERVER_ERROR else level
+    facts = {
+        "operation": operation,
+        "status": int(status),
+        "duration_ms": round(1000 * duration_s, 3),
+        "stages_ms": notes.stages_ms(),
+        "images": notes.answered.total(),
+        "answered": dict(notes.answered),
+        "problems": dict(notes.problems),
+    }
+    facts = {name: value for name, value in facts.items() if value or name in ("status",)}
+    log.log(level, "%s %d in %.1f ms", operation, status, 1000 * duration_s, extra=facts)
+
+
+def _attributes(scope: Scope, status: int, notes: Notes) -> dict[str, str | int]:
+    """Of a request's span, by OpenTelemetry's conventions for HTTP where there is one."""
+    route = scope.get("route")
+    return {
+        "http.request.method": scope["method"],
+        "http.route": route.path if route is not None else "",
+        "http.response.status_code": int(status),
+        "medley.request_id": notes.request_id,
+        "medley.images": notes.answered.total(),
+    }
 
 
 def _request_id(given: str | None) -> str:
