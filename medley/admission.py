@@ -24,14 +24,22 @@ from medley.selector import TaskSelector
 
 __all__ = ["PackedBundle", "admit", "backbone_ref", "pack", "record_self_test", "retire"]
 
+_EXPERTS = ("vision.", "text.")  # how the names of their tensors begin
+
 
 @dataclass(frozen=True)
 class PackedBundle:
     """A bundle that suits the backbone of a classifier, ready for its slots."""
 
-    bundle: Bundle
+    bundle: Bundle  # without its experts, which are in `task`
     task: PackedTask
     selector: TaskSelector
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the host, but for a few lines of manifest."""
+        tensors = self.bundle.tensors.values()
+        return self.task.size_bytes + sum(tensor.nbytes for tensor in tensors)
 
 
 def backbone_ref(classifier: Classifier) -> BackboneRef:
@@ -79,7 +87,8 @@ def pack(bundle: Bundle, classifier: Classifier) -> PackedBundle:
         task = classifier.model.pack(bundle.task_experts())
     except BackboneError as error:
         raise BundleError([str(error)], code="wrong_backbone") from error
-    return PackedBundle(bundle, task, bundle.selector())
+    rest = {n: t for n, t in bundle.tensors.items() if not n.startswith(_EXPERTS)}
+    return PackedBundle(Bundle(bundle.manifest, rest), task, bundle.selector())
 
 
 def admit(bundle: Bundle | PackedBundle, classifier: Classifier) -> int:

@@ -11,7 +11,8 @@ one block, G experts that a path names in a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,11 @@ class PackedExperts:
     top_k: int
     scale: float
 
+    @property
+    def size_bytes(self) -> int:
+        """What they take on the host."""
+        return sum(block.size_bytes for block in self.blocks.values())
+
 
 @dataclass(frozen=True)
 class _PackedBlock:
@@ -59,6 +65,10 @@ class _PackedBlock:
     weights_G2RD: Tensor
     biases_GF: Tensor
     router_DE: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return self.weights_G2RD.nbytes + self.biases_GF.nbytes + self.router_DE.nbytes
 
 
 @dataclass
@@ -138,7 +148,9 @@ class ExpertPool:
             CapacityError: too few free slots. Nothing has changed.
         """
         assert path not in self._held
-        self._check_room(packed)
+        lack = self._lack(packed)
+        if lack is not None:
+            raise CapacityError(lack)
         self._held[path] = [(b, digest) for b, p in packed.blocks.items() for digest in p.digests]
         main, up = self._streams.main, self._streams.up
         up.wait_for(main.record())  # a slot that is free now may be read by what was launched
@@ -148,6 +160,10 @@ class ExpertPool:
         }
         main.wait_for(up.record())
         main.run(lambda: self._write_row(path, packed, slots))
+
+    def has_room(self, packed: PackedExperts, without: Collection[int] = ()) -> bool:
+        """Whether `load` would find room, were the paths `without` gone."""
+        return self._lack(packed, without) is None
 
     def unload(self, path: int) -> None:
         """Clear a path's row and free the slots that no other path holds.
@@ -265,14 +281,17 @@ class ExpertPool:
         digests = tuple(experts.digest(i) for i in range(count))
         return _PackedBlock(digests, weights_G2RD, biases_GF, router_DE)
 
-    def _check_room(self, packed: PackedExperts) -> None:
+    def _lack(self, packed: PackedExperts, without: Collection[int] = ()) -> str | None:
+        """What is missing in the first block that has no room; None if all have."""
+        let_go = Counter(held for path in without for held in self._held.get(path, ()))
         for block, experts in packed.blocks.items():
             slots = self._blocks[block]
-            wanted = len(set(experts.digests) - set(slots.residents))
-            if wanted > len(slots.free):
-                raise CapacityError(
-                    f"block {block}: {wanted} expert slots needed, {len(slots.free)} free"
-                )
+            staying = {d for d, r in slots.residents.items() if r.holders > let_go[block, d]}
+            wanted = len(set(experts.digests) - staying)
+            free = len(slots.free) + len(slots.residents) - len(staying)
+            if wanted > free:
+                return f"block {block}: {wanted} expert slots needed, {free} free"
+        return None
 
     def _take(self, block: int, experts: _PackedBlock, index: int) -> int:
         slots, digest = self._blocks[block], experts.digests[index]

@@ -14,7 +14,7 @@ Legend: B rows, N prompts, L tokens, D width, E joint embedding width, F width o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,11 @@ class PackedTask:
 
     vision: PackedExperts
     text: PackedExperts | None
+
+    @property
+    def size_bytes(self) -> int:
+        """What they take on the host."""
+        return self.vision.size_bytes + (self.text.size_bytes if self.text else 0)
 
 
 class RoutedModel:
@@ -109,6 +114,12 @@ class RoutedModel:
         """The paths that are loaded."""
         return frozenset(self._firsts)
 
+    @property
+    def free_slots(self) -> int:
+        """Free expert slots of the fullest block of either tower."""
+        pools = [self._vision] + ([self._text.pool] if self._text else [])
+        return min(pool.free_slots for pool in pools)
+
     def pack(self, experts: TaskExperts) -> PackedTask:
         """Do what loading a task version takes on the host; any thread may.
 
@@ -125,6 +136,15 @@ class RoutedModel:
             assert self._text is not None
             text = self._text.pool.pack(experts.text, top_k=top_k, scale=scale)
         return PackedTask(vision, text)
+
+    def has_room(self, task: PackedTask, without: Collection[int] = ()) -> bool:
+        """Whether `load` would find room, were the paths `without` gone."""
+        if not self._free_paths and self.paths.isdisjoint(without):
+            return False
+        text = (
+            self._text is None or task.text is None or self._text.pool.has_room(task.text, without)
+        )
+        return text and self._vision.has_room(task.vision, without)
 
     def load(self, task: TaskExperts | PackedTask) -> int:
         """Load a task version into free slots; one that is packed asks little of this thread.
