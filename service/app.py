@@ -24,12 +24,14 @@ from service.decoding import Decoding
 from service.engine import Engine
 from service.inference import Inference
 from service.labels import LabelCache
+from service.lifecycle import Lifecycle
 from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
 from service.registry import LocalRegistry
 from service.residency import Residency
 from service.routes import classify, probes, tasks
 from service.settings import Settings
+from service.signals import Signals
 from service.state import Service
 from service.store import BundleStore
 from service.tasks import Tasks
@@ -44,32 +46,42 @@ def create_app(
     *,
     backbone: Backbone | None = None,
     on_step: OnStep = lambda step: None,
+    in_background: bool = False,
 ) -> FastAPI:
     """Build the app; the model is loaded and the registry restored when it starts.
+
+    `app.state.lifecycle` says how far it is.
 
     Args:
         settings: all of them.
         backbone: instead of the one that the settings name.
         on_step: hears where a registration is (see `service/tasks.py`).
-
-    Raises:
-        BackboneError: a network that the settings name beside the backbone cannot be loaded.
+        in_background: start while requests are answered `starting` already, as a server wants it;
+            otherwise the app's lifespan begins when it is ready, or raises why it is not.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
+        async def start() -> None:
             app.state.service = await _start(
-                settings, metrics, backbone, extractors, on_step, stack
+                settings, metrics, backbone, on_step, lifecycle.at, stack
             )
-            yield
+
+        async with AsyncExitStack() as stack:
+            starting = asyncio.create_task(lifecycle.follow(start()))
+            try:
+                if not in_background:
+                    await lifecycle.settled()
+                yield
+            finally:
+                starting.cancel()
+                await asyncio.wait([starting])
 
     def generation() -> int:
-        service: Service = app.state.service
-        return service.tasks.live.snapshot.desired.generation
+        service: Service | None = app.state.service
+        return service.tasks.live.snapshot.desired.generation if service else 0
 
-    metrics = Metrics()
-    extractors = _extractors(settings)
+    metrics, lifecycle = Metrics(), Lifecycle()
     app = FastAPI(
         title="Medley",
         version=package_version(),
@@ -77,6 +89,7 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
+    app.state.lifecycle, app.state.metrics, app.state.service = lifecycle, metrics, None
     problems.install(app)
     for routes in (classify.routes, tasks.routes, probes.routes):
         app.include_router(routes)
@@ -90,19 +103,22 @@ async def _start(
     settings: Settings,
     metrics: Metrics,
     backbone: Backbone | None,
-    extractors: Sequence[Extractor],
     on_step: OnStep,
+    at: OnStep,
     stack: AsyncExitStack,
 ) -> Service:
     """Build everything in the order in which it depends; `stack` closes it in reverse."""
+    at("opening the store")
     store = BundleStore(settings.store)
     stack.callback(store.close)
     registry = LocalRegistry(settings.store / "registry.sqlite", on_step=on_step)
     stack.callback(registry.close)
+    at("loading the model")
+    extractors = await asyncio.to_thread(_extractors, settings)
     if backbone is None:
         backbone = await asyncio.to_thread(load_backbone_of, settings)
     metrics.describe(backbone.name, backbone.fingerprint)
-    classifier = _classifier(settings, backbone, extractors)
+    classifier = await asyncio.to_thread(_classifier, settings, backbone, extractors)
     engine = _engine(settings, metrics, classifier)
     engine.start()
     stack.callback(engine.stop)
@@ -121,7 +137,9 @@ async def _start(
         max_bundle_bytes=settings.max_bundle_bytes,
         on_step=on_step,
     )
+    at("restoring tasks")
     await service_tasks.restore()
+    at("warming up")
     await asyncio.wrap_future(engine.run(classifier.prepare))
     await asyncio.wrap_future(engine.prove())  # not ready before a forward has succeeded
     decoding = Decoding(
@@ -133,7 +151,8 @@ async def _start(
         metrics=metrics,
     )
     stack.callback(decoding.close)
-    inference = Inference(engine=engine, live=residency.live, decoding=decoding, metrics=metrics)
+    signals = Signals(live=residency.live, metrics=metrics)
+    inference = Inference(engine=engine, live=residency.live, decoding=decoding, signals=signals)
     classification = Classification(
         inference,
         _label_cache(settings, classifier.model, engine),

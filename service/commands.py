@@ -39,10 +39,10 @@ def serve(
     """Run a server; further settings come from MEDLEY_* variables (docs/settings.md)."""
     import logging
 
-    from service.app import create_app, load_backbone_of
+    from medley.errors import MedleyError
+    from service.app import create_app
     from service.server import serve as run
     from service.settings import Settings
-    from service.store import BundleStore
 
     given: dict[str, Any] = {
         "host": host,
@@ -55,10 +55,11 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with _one_line_errors():
         settings = Settings(**{k: v for k, v in given.items() if v is not None})
-        BundleStore(settings.store).close()  # what may fail, before there is a server around it
-        app = create_app(settings, backbone=load_backbone_of(settings))
-        if not run(app, settings, on_ready=lambda url: out.print(f"Medley answers at {url}")):
-            raise typer.Exit(1)
+    app = create_app(settings, in_background=True)
+    try:
+        run(app, settings, on_ready=lambda url: out.print(f"Medley answers at {url}"))
+    except MedleyError as error:
+        _fail(str(error), status=1)
 
 
 @commands.command()
@@ -217,6 +218,6 @@ def _one_line_errors() -> Iterator[None]:
         _fail("; ".join(getattr(error, "problems", None) or [str(error)]))
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, *, status: int = 2) -> None:
     err.print(f"medley: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2)
+    raise typer.Exit(status)

@@ -23,9 +23,11 @@ __all__ = [
     "STATUS",
     "STATUS_OF_CODE",
     "AccessError",
+    "BusyError",
     "ConflictError",
     "DeadlineError",
     "EngineError",
+    "FetchError",
     "MediaTypeError",
     "NotFoundError",
     "OutOfMemoryError",
@@ -33,6 +35,7 @@ __all__ = [
     "PreconditionError",
     "QueueFullError",
     "RequestError",
+    "RequestTimeoutError",
     "ServiceError",
     "StorageError",
     "SyntaxProblemError",
@@ -107,7 +110,7 @@ class PreconditionError(ServiceError):
 
 
 class AccessError(ServiceError):
-    """A change without the right to it; codes: unauthorized (401), changes_disabled (403)."""
+    """Without the right to it; codes: unauthorized (401), changes_disabled, cross_origin (403)."""
 
     code = "unauthorized"
 
@@ -122,6 +125,24 @@ class QueueFullError(ServiceError):
         self.retry_after_s = retry_after_s
 
 
+class BusyError(QueueFullError):
+    """All requests together hold as many images, or as many bytes, as this server takes in."""
+
+    code = "busy"
+
+
+class RequestTimeoutError(ServiceError):
+    """The body did not arrive in time."""
+
+    code = "request_timeout"
+
+
+class FetchError(ImageError):
+    """An image's URL; codes: url_refused, fetch_failed, too_large. Says nothing of what is there."""
+
+    code = "fetch_failed"
+
+
 class DeadlineError(ServiceError):
     """The time that the client gave has passed; nothing was computed for it."""
 
@@ -129,7 +150,10 @@ class DeadlineError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """Not able to answer now; codes: not_ready, draining, version_failed, registry_unavailable."""
+    """Not able to answer now.
+
+    Codes: starting, not_ready, draining, engine_dead, version_failed, registry_unavailable.
+    """
 
     code = "not_ready"
 
@@ -169,6 +193,9 @@ STATUS: dict[type[MedleyError], int] = {
     PreconditionError: 412,
     AccessError: 401,
     QueueFullError: 429,
+    BusyError: 429,
+    RequestTimeoutError: 408,
+    FetchError: 422,
     UnavailableError: 503,
     StorageError: 507,
     EngineError: 500,
@@ -180,6 +207,13 @@ STATUS_OF_CODE = {  # a code that says more than its class
     "too_many_pixels": 413,
     "not_an_image": 415,
     "changes_disabled": 403,
+    "cross_origin": 403,
+}
+RETRY_AFTER_S = {  # where waiting helps; an error that knows better says so itself
+    "starting": 1,
+    "draining": 1,
+    "not_ready": 5,
+    "registry_unavailable": 1,
 }
 
 
@@ -197,8 +231,9 @@ def problem(error: MedleyError) -> dict[str, Any]:
         fields["problems"] = error.problems
     if isinstance(error, RequestError) and error.errors:
         fields["errors"] = error.errors
-    if isinstance(error, QueueFullError):
-        fields["retry_after_s"] = error.retry_after_s
+    retry_after_s = getattr(error, "retry_after_s", RETRY_AFTER_S.get(error.code))
+    if retry_after_s is not None:
+        fields["retry_after_s"] = retry_after_s
     return fields
 
 

@@ -7,7 +7,7 @@ has the same list for people; a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -18,6 +18,8 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 __all__ = ["OTHER", "ZERO_SHOT_LABEL", "Metrics", "package_version"]
 
@@ -40,6 +42,8 @@ class Metrics:
         # Process-wide: as many series again, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
+        self.before_scrape: list[Callable[[], None]] = []
+        registry.register(_Before(self.before_scrape))  # first, so that it is asked first
         self._task_series = task_series
         self._own: set[str] = set()  # tasks with series of their own
         self._folded: set[str] = set()  # tasks counted as `other`
@@ -100,6 +104,12 @@ class Metrics:
         )
         self.inflight = Gauge(
             "medley_inflight_requests", "HTTP requests being answered", registry=registry
+        )
+        self.connections_refused = Counter(
+            "medley_connections_refused",
+            "Connections closed by a limit, or as they did not speak HTTP/1.1",
+            ["code"],
+            registry=registry,
         )
         self.queue_depth = Gauge("medley_queue_depth", "Images that wait", registry=registry)
         self.queue_oldest_s = Gauge(
@@ -165,7 +175,7 @@ class Metrics:
         """The label of a task; None is zero-shot."""
         if task is None:
             return ZERO_SHOT_LABEL
-        if task in self._own:
+        if task == OTHER or task in self._own:
             return task
         if len(self._own) >= self._task_series:
             self._folded.add(task)
@@ -186,6 +196,21 @@ class Metrics:
         self._folded.discard(task)
         for metric in (self.images, self.router_margin, self.task_forward_s):
             metric.remove_by_labels({"task": task})
+
+
+class _Before(Collector):
+    """No metric: what is to be done before a scrape."""
+
+    def __init__(self, actions: Sequence[Callable[[], None]]) -> None:
+        self._actions = actions
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        for action in self._actions:
+            action()
+        return ()
 
 
 def package_version() -> str:

@@ -18,11 +18,12 @@ from medley.precision import Precision
 
 __all__ = ["Settings", "is_loopback"]
 
-MIB = 1024 * 1024
+KIB, MIB = 1024, 1024 * 1024
 
 
-def _numbers(value: object) -> object:
-    return value.split(",") if isinstance(value, str) else value
+def _several(value: object) -> object:
+    """The parts between commas; of an empty text none."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 def _batch_sizes(buckets: tuple[int, ...]) -> tuple[int, ...]:
@@ -31,7 +32,11 @@ def _batch_sizes(buckets: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Buckets = Annotated[
-    tuple[int, ...], NoDecode, BeforeValidator(_numbers), AfterValidator(_batch_sizes)
+    tuple[int, ...], NoDecode, BeforeValidator(_several), AfterValidator(_batch_sizes)
+]
+
+Networks = Annotated[
+    tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode, BeforeValidator(_several)
 ]
 
 
@@ -94,8 +99,31 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(
         default=30.0, gt=0, description="Longest time for one request; clients may ask for less"
     )
+    body_timeout_s: float = Field(
+        default=20.0, gt=0, description="Longest time for the body of a request to arrive"
+    )
+    decode_timeout_s: float = Field(
+        default=10.0, gt=0, description="Longest time for decoding one image"
+    )
     drain_s: int = Field(
         default=20, ge=0, description="Longest wait for requests in flight at shutdown"
+    )
+    drain_delay_s: float = Field(
+        default=0.0, ge=0, description="How long it takes new requests after it is not ready"
+    )
+
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, description="Longest time for a request's headers to arrive"
+    )
+    keep_alive_s: float = Field(
+        default=75.0, gt=0, description="How long a connection may have nothing to ask"
+    )
+    max_header_bytes: int = Field(
+        default=32 * KIB, ge=1024, description="Request line and headers together"
+    )
+    max_headers: int = Field(default=100, ge=8, description="Headers of one request")
+    max_connections: int = Field(
+        default=1000, ge=1, description="Connections; the longest idle one makes room"
     )
 
     max_request_bytes: int = Field(
@@ -104,6 +132,12 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(default=16 * MIB, ge=1, description="Largest encoded image")
     max_image_pixels: int = Field(
         default=50_000_000, ge=1, description="Largest image, width x height"
+    )
+    max_inflight_bytes: int = Field(
+        default=256 * MIB, ge=1, description="Bytes of bodies and fetched images held at once"
+    )
+    max_inflight_images: int = Field(
+        default=1024, ge=1, description="Images taken in and not yet answered"
     )
     max_images: int = Field(default=64, ge=1, description="Images in one request")
     max_labels: int = Field(default=1000, ge=1, description="Labels in one request")
@@ -114,6 +148,18 @@ class Settings(BaseSettings):
     label_cache: int = Field(
         default=256, ge=1, description="Label sets whose text features are kept"
     )
+    label_cache_bytes: int = Field(
+        default=64 * MIB, ge=1, description="Most bytes of those text features"
+    )
+    image_urls: bool = Field(
+        default=False, description="Whether images may be given as http(s) URLs"
+    )
+    image_url_timeout_s: float = Field(
+        default=5.0, gt=0, description="Longest time for fetching one image"
+    )
+    image_url_networks: Networks = Field(
+        default=(), description="Networks that are fetched from although they are not public"
+    )
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Settings:
@@ -121,6 +167,15 @@ class Settings(BaseSettings):
             raise ValueError(f"max_top_k {self.max_top_k} > max_experts {self.max_experts}")
         if self.queue_limit < self.max_images:
             raise ValueError(f"queue_limit {self.queue_limit} < max_images {self.max_images}")
+        if self.max_inflight_images < self.max_images:
+            raise ValueError(
+                f"max_inflight_images {self.max_inflight_images} < max_images {self.max_images}"
+            )
+        if self.max_inflight_bytes < self.max_request_bytes:
+            raise ValueError(
+                f"max_inflight_bytes {self.max_inflight_bytes} < "
+                f"max_request_bytes {self.max_request_bytes}"
+            )
         return self
 
     @property

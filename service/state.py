@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from medley.backbone import Backbone
 from service.classification import Classification
 from service.engine import Engine
-from service.errors import AccessError
+from service.errors import AccessError, UnavailableError
 from service.inference import Inference
 from service.metrics import Metrics
 from service.settings import Settings
@@ -34,9 +34,15 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The server that this request came to."""
-    service = request.app.state.service
-    assert isinstance(service, Service)
+    """The server that this request came to.
+
+    Raises:
+        UnavailableError: it is still starting.
+    """
+    service: Service | None = request.app.state.service
+    if service is None:
+        step = request.app.state.lifecycle.step
+        raise UnavailableError(f"the server is starting: {step}", code="starting")
     return service
 
 

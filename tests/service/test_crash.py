@@ -148,7 +148,7 @@ def test_an_upload_whose_client_goes_away_leaves_nothing(
             b"Content-Length: %d\r\n\r\n" % len(data)
         )
         raw.sendall(data[: len(data) // 2])
-    ended = 'operation="PUT /v1/tasks/{task}/versions/{version}",status="400"} 1.0'
+    ended = 'operation="PUT /v1/tasks/{task}/versions/{version}",status="499"} 1.0'
     assert any(ended in http.get("/metrics").text for _ in range(1000))
 
     assert list((server.store / "incoming").iterdir()) == []

@@ -1,10 +1,11 @@
-"""A real server process with the tiny backbone: `python -m tests.service.tiny_server STORE`.
+"""A real server process with the tiny backbone: `python -m tests.service.tiny_server STORE ...`.
 
-Prints its URL once it answers.
+Further words set settings, as in `drain_delay_s=1`. Prints its URL once it is ready.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from tests.models import tiny_backbone
 
 def main() -> None:
     torch.set_num_threads(1)
-    settings = Settings(port=0, store=Path(sys.argv[1]), buckets=(4,))
-    serve(create_app(settings, backbone=tiny_backbone()), settings, on_ready=announce)
+    logging.basicConfig(level=logging.WARNING)
+    store, *words = sys.argv[1:]
+    given = dict(word.split("=", 1) for word in words)
+    settings = Settings.model_validate({"port": 0, "buckets": (4,), "store": Path(store)} | given)
+    app = create_app(settings, backbone=tiny_backbone(), in_background=True)
+    serve(app, settings, on_ready=announce)
 
 
 def announce(url: str) -> None:
