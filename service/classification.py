@@ -33,7 +33,7 @@ from service.schemas import (
     TaskScore,
 )
 
-__all__ = ["Classification", "Timed"]
+__all__ = ["Classification", "Timed", "failure_of", "path_of", "scores_of"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Classification:
 
             outcome = await self._inference.run(intake.images, plan, call, predict)
         outcome.raise_alone()
-        results = [_failure(r) if isinstance(r, ImageError) else r for r in outcome.results]
+        results = [failure_of(r) if isinstance(r, ImageError) else r for r in outcome.results]
         response = ClassifyResponse(generation=plan.snapshot.desired.generation, results=results)
         return Timed(response, outcome.stages_s)
 
@@ -82,10 +82,10 @@ class Classification:
             label=choices[0].label,
             probability=choices[0].probability,
             top_k=choices,
-            path=_path(resident),
+            path=path_of(resident),
             routed_by=plan.routed_by,
             label_set=label_set.kind,
-            scores=_scores(answer, plan.snapshot) if options.explain else None,
+            scores=scores_of(answer, plan.snapshot) if options.explain else None,
         )
 
     async def _label_set(
@@ -117,14 +117,16 @@ def _tuple(texts: list[str] | None) -> tuple[str, ...] | None:
     return None if texts is None else tuple(texts)
 
 
-def _path(resident: Resident | None) -> Path:
+def path_of(resident: Resident | None) -> Path:
+    """How an answer says whose path it took; None is zero-shot."""
     if resident is None:
         return Path(kind="zero_shot")
     record = resident.record
     return Path(kind="task", task=record.task, version=record.version, digest=record.digest)
 
 
-def _scores(answer: Answer, snapshot: Snapshot) -> dict[str, TaskScore]:
+def scores_of(answer: Answer, snapshot: Snapshot) -> dict[str, TaskScore]:
+    """What every live task thinks of an image."""
     return {
         task: TaskScore(
             score=_finite(answer.scores[resident.path]),
@@ -139,5 +141,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _failure(error: ImageError) -> Failure:
+def failure_of(error: ImageError) -> Failure:
+    """How an answer says that one image of several cannot be used."""
     return Failure(error=Problem(**problem(error)))
