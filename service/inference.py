@@ -1,16 +1,16 @@
 """Images to answers, for every route: decode, queue, forward, and what a route makes of an answer.
 
-What became of each image is counted here and nowhere else. Knows nothing of labels or of HTTP.
+What became of each image is told to the signals here and nowhere else. Knows nothing of labels or
+of HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -21,14 +21,13 @@ from service.engine import Answer, Engine
 from service.errors import DeadlineError, QueueFullError
 from service.intake import ImageSource
 from service.live import Live
-from service.metrics import Metrics
 from service.planning import Plan, make_plan
+from service.signals import Became, Signals
 
-__all__ = ["Became", "Inference", "Outcome"]
+__all__ = ["Inference", "Outcome"]
 
 T = TypeVar("T")
 Head = Callable[[Answer], Awaitable[T]]
-Became = Literal["ok", "client_error", "rejected", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ class Outcome(Generic[T]):
 class Inference:
     """What all routes share between an image's bytes and its answer."""
 
-    def __init__(self, *, engine: Engine, live: Live, decoding: Decoding, metrics: Metrics) -> None:
+    def __init__(self, *, engine: Engine, live: Live, decoding: Decoding, signals: Signals) -> None:
         self._engine = engine
         self._live = live
         self._decoding = decoding
-        self._metrics = metrics
+        self._signals = signals
 
     @asynccontextmanager
     async def planned(
@@ -92,32 +91,24 @@ class Inference:
             async with call.in_time():
                 return await self._run(images, plan, call, head)
         except (Exception, asyncio.CancelledError) as error:  # counted and passed on
-            for _ in images:
-                self._count(None, plan, _became(error))
+            self._signals.failed(plan, _became(error), images=len(images))
             raise
 
     async def _run(
         self, images: Sequence[ImageSource], plan: Plan, call: Call, head: Head[T]
     ) -> Outcome[T]:
-        start_s = time.monotonic()
-        pixels = await asyncio.gather(*[self._pixels(image) for image in images])
-        decode_s = time.monotonic() - start_s
+        stages_s: dict[str, float] = {}
+        with self._signals.stage("decode", stages_s):
+            pixels = await asyncio.gather(*[self._pixels(image) for image in images])
         answers = await self._ask([p for p in pixels if isinstance(p, Tensor)], plan)
-        start_s = time.monotonic()
-        made = iter([await head(answer) for answer in answers])
+        self._signals.computed(answers, stages_s)
+        with self._signals.stage("head", stages_s):
+            made = iter([await head(answer) for answer in answers])
         results = [p if isinstance(p, ImageError) else next(made) for p in pixels]
-        stages_s = {
-            "decode": decode_s,
-            "queue": max((a.queue_s for a in answers), default=0.0),
-            "forward": max((a.forward_s for a in answers), default=0.0),
-            "head": time.monotonic() - start_s,
-        }
-        answered = iter(answers)
-        for p in pixels:
-            if isinstance(p, ImageError):
-                self._count(None, plan, "client_error")
-            else:
-                self._count(next(answered), plan, "ok")
+        for answer in answers:
+            self._signals.answered(answer, plan)
+        for error in (p for p in pixels if isinstance(p, ImageError)):
+            self._signals.refused(error, plan, alone=len(images) == 1)
         return Outcome(results, stages_s)
 
     async def _pixels(self, image: ImageSource) -> Tensor | ImageError:
@@ -134,14 +125,6 @@ class Inference:
         finally:
             for future in futures:
                 future.cancel()
-
-    def _count(self, answer: Answer | None, plan: Plan, became: Became) -> None:
-        """The one place where an image is counted; `answer` is given if it has been answered."""
-        resident = plan.snapshot.by_path.get(answer.path) if answer else None
-        task = resident.record.task if resident else None
-        self._metrics.count_image(task, plan.routed_by, became)
-        if answer and plan.routed_by == "auto":
-            self._metrics.router_decisions.labels("task" if task else "zero_shot").inc()
 
 
 def _became(error: BaseException) -> Became:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 __all__ = ["CURRENT", "Notes", "Stage", "noted"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """A part of a request: when it began by the wall clock, and how long it took."""
 
     name: str
     began_ns: int
-    duration_s: float
+    duration_s: float = 0.0
 
 
 @dataclass
@@ -37,13 +37,14 @@ class Notes:
     problems: Counter[str] = field(default_factory=Counter)  # codes, of the request or its images
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Note what happens inside as a stage."""
-        start_s = time.monotonic()
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Note what happens inside as a stage, also if it fails; its duration is set at the end."""
+        stage, start_s = Stage(name, time.time_ns()), time.monotonic()
+        self.stages.append(stage)
         try:
-            yield
+            yield stage
         finally:
-            self.ended(name, time.monotonic() - start_s)
+            stage.duration_s = time.monotonic() - start_s
 
     def ended(self, name: str, duration_s: float, *, ago_s: float = 0.0) -> None:
         """Note a stage that ended `ago_s` before now."""

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from medley.errors import MedleyError
 from service.errors import EngineError, SyntaxProblemError, problem, problem_fields
 from service.intake import field_errors
+from service.notes import noted
 
 __all__ = ["PROBLEM_JSON", "answer", "install", "internal_error", "speaks_openai"]
 
@@ -46,6 +47,7 @@ def internal_error(request: Request) -> JSONResponse:
 def answer(request: Request, error: Exception) -> JSONResponse:
     """An error as this request's protocol has it."""
     fields, headers = _fields(error)
+    noted().problems[fields["code"]] += 1
     request_id = request.scope["request_id"]
     fields |= {"instance": f"{request.url.path}#{request_id}", "request_id": request_id}
     if "retry_after_s" in fields:

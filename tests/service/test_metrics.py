@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -54,8 +53,8 @@ def tasks_of(text: str) -> set[str]:
 
 
 @pytest.fixture
-def metrics() -> Iterator[Metrics]:
-    yield Metrics(task_series=3)
+def metrics() -> Metrics:
+    return Metrics(task_series=3)
 
 
 def test_the_page_has_every_metric_with_its_kind_and_labels_and_no_other(metrics: Metrics) -> None:
