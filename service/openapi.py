@@ -10,10 +10,17 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.access import RULES, Level
+from service.openai_schemas import ErrorAnswer
 from service.problems import PROBLEM_JSON
 from service.schemas import ClassifyOptions, ClassifyRequest, Problem
 
-__all__ = ["CLASSIFY_BODY", "PROBLEM_RESPONSES", "describe", "operations"]
+__all__ = [
+    "CLASSIFY_BODY",
+    "OPENAI_RESPONSES",
+    "PROBLEM_RESPONSES",
+    "describe",
+    "operations",
+]
 
 _REF = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
@@ -48,6 +55,9 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "A problem (RFC 9457)",
         "content": {PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="Problem")}}},
     }
+}
+OPENAI_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "A problem in OpenAI's shape", "model": ErrorAnswer}
 }
 _KEYS = {
     "adminKey": {"type": "http", "scheme": "bearer", "description": "MEDLEY_ADMIN_KEY"},
