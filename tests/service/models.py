@@ -1,10 +1,14 @@
 """Models for the engine's tests: answer an image with its first pixel, when and as they are told.
 
 A batch with BAD in it fails; the engine's own blank image is 0 and is not kept in `batches`.
+`CrampedModel` finds no memory, by torch's own error.
 """
 
+from __future__ import annotations
+
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,6 +97,52 @@ class DeadModel:
 
     def let_go(self) -> None:
         """Nothing is held."""
+
+
+class CrampedModel:
+    """As on a device with memory for `fits` images in flight; a heavy one does not fit even alone.
+
+    Memory is taken at the launch and given back by the wait; `late` lets the wait find none.
+    """
+
+    def __init__(self, *, fits: int, heavy: Iterable[int] = (), late: bool = False) -> None:
+        self.fits = fits
+        self.heavy = set(heavy)
+        self.late = late
+        self.used = 0
+        self.computed: list[int] = []
+
+    def launch(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Launched:
+        batch = _Batch(pixels_BCHW, ready=False)
+        batch.finished.set()
+        fits = self.used + len(batch.values) <= self.fits and not self.heavy & set(batch.values)
+        if not fits and not self.late:
+            ask_too_much()
+        self.used += len(batch.values)
+        return _Cramped(self, batch, fits)
+
+    def let_go(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True)
+class _Cramped:
+    model: CrampedModel
+    batch: _Batch
+    fits: bool
+    ready = False
+
+    def wait(self) -> Routed:
+        self.model.used -= len(self.batch.values)
+        if not self.fits:
+            ask_too_much()
+        self.model.computed += self.batch.values
+        return self.batch.wait()
+
+
+def ask_too_much() -> Tensor:
+    """Ask torch for more memory than any machine has."""
+    return torch.empty(1 << 60)
 
 
 class _Batch:
