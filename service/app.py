@@ -19,9 +19,11 @@ from medley.replay import ReplayedClassifier
 from medley.routed import RoutedModel
 from service import openapi, problems
 from service.access import Gate
+from service.bodies import Bodies
 from service.classification import Classification
 from service.decoding import Decoding
 from service.engine import Engine
+from service.fetch import Fetching
 from service.inference import Inference
 from service.labels import LabelCache
 from service.lifecycle import Lifecycle
@@ -29,6 +31,7 @@ from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
 from service.registry import LocalRegistry
 from service.residency import Residency
+from service.room import Room
 from service.routes import classify, probes, tasks
 from service.settings import Settings
 from service.signals import Signals
@@ -128,6 +131,8 @@ async def _start(
         classifier=classifier,
         metrics=metrics,
         max_bundle_bytes=settings.max_bundle_bytes,
+        max_host_bytes=settings.host_bytes,
+        unload_s=settings.unload_s,
     )
     service_tasks = Tasks(
         registry=registry,
@@ -145,6 +150,7 @@ async def _start(
     decoding = Decoding(
         backbone,
         threads=settings.decode_threads,
+        timeout_s=settings.decode_timeout_s,
         limits=ImageLimits(
             max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
         ),
@@ -152,13 +158,29 @@ async def _start(
     )
     stack.callback(decoding.close)
     signals = Signals(live=residency.live, metrics=metrics)
-    inference = Inference(engine=engine, live=residency.live, decoding=decoding, signals=signals)
+    held_bytes = Room(settings.max_inflight_bytes, "bytes")
+    fetching = _fetching(settings, held_bytes)
+    if fetching is not None:
+        stack.push_async_callback(fetching.close)
+    inference = Inference(
+        engine=engine,
+        live=residency.live,
+        decoding=decoding,
+        fetching=fetching,
+        room=Room(settings.max_inflight_images, "images"),
+        signals=signals,
+    )
+    bodies = Bodies(
+        held_bytes, max_bytes=settings.max_request_bytes, timeout_s=settings.body_timeout_s
+    )
     classification = Classification(
         inference,
         _label_cache(settings, classifier.model, engine),
         logit_scale=backbone.logit_scale,
     )
-    return Service(settings, backbone, engine, service_tasks, inference, classification, metrics)
+    return Service(
+        settings, backbone, engine, service_tasks, bodies, inference, classification, metrics
+    )
 
 
 def load_backbone_of(settings: Settings) -> Backbone:
@@ -210,9 +232,21 @@ def _engine(settings: Settings, metrics: Metrics, classifier: Classifier) -> Eng
     )
 
 
+def _fetching(settings: Settings, room: Room) -> Fetching | None:
+    if not settings.image_urls:
+        return None
+    return Fetching(
+        room,
+        max_bytes=settings.max_image_bytes,
+        timeout_s=settings.image_url_timeout_s,
+        networks=settings.image_url_networks,
+    )
+
+
 def _label_cache(settings: Settings, model: RoutedModel, engine: Engine) -> LabelCache:
     return LabelCache(
         lambda names, templates, path: class_text_features(model, names, templates, path),
         engine,
-        settings.label_cache,
+        max_sets=settings.label_cache,
+        max_bytes=settings.label_cache_bytes,
     )

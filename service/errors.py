@@ -138,7 +138,7 @@ class RequestTimeoutError(ServiceError):
 
 
 class FetchError(ImageError):
-    """An image's URL; codes: url_refused, fetch_failed, too_large. Says nothing of what is there."""
+    """An image's URL; codes: url_refused, fetch_failed, too_large. Silent on what is there."""
 
     code = "fetch_failed"
 

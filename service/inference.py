@@ -1,4 +1,4 @@
-"""Images to answers, for every route: decode, queue, forward, and what a route makes of an answer.
+"""Images to answers, for every route: fetch, decode, queue, forward, and what a route makes of it.
 
 What became of each image is told to the signals here and nowhere else. Knows nothing of labels or
 of HTTP.
@@ -18,10 +18,12 @@ from medley.errors import ImageError
 from service.call import Call
 from service.decoding import Decoding
 from service.engine import Answer, Engine
-from service.errors import DeadlineError, QueueFullError
-from service.intake import ImageSource
+from service.errors import DeadlineError, FetchError, QueueFullError
+from service.fetch import Fetching
+from service.intake import ImageSource, Url
 from service.live import Live
 from service.planning import Plan, make_plan
+from service.room import Room
 from service.signals import Became, Signals
 
 __all__ = ["Inference", "Outcome"]
@@ -50,10 +52,31 @@ class Outcome(Generic[T]):
 class Inference:
     """What all routes share between an image's bytes and its answer."""
 
-    def __init__(self, *, engine: Engine, live: Live, decoding: Decoding, signals: Signals) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        live: Live,
+        decoding: Decoding,
+        fetching: Fetching | None,
+        room: Room,
+        signals: Signals,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            engine: owns the model.
+            live: what is served.
+            decoding: files to pixels.
+            fetching: URLs to files; without it they are refused.
+            room: for images that have been taken in and are not yet answered.
+            signals: hear what became of them.
+        """
         self._engine = engine
         self._live = live
         self._decoding = decoding
+        self._fetching = fetching
+        self._room = room
         self._signals = signals
 
     @asynccontextmanager
@@ -84,12 +107,14 @@ class Inference:
 
         Raises:
             DeadlineError: the deadline passed.
-            QueueFullError: too many images wait.
+            QueueFullError, BusyError: too many images wait, or are being answered.
             EngineError: the batch failed.
         """
         try:
-            async with call.in_time():
-                return await self._run(images, plan, call, head)
+            with self._room.share() as take:
+                take(len(images))
+                async with call.in_time():
+                    return await self._run(images, plan, call, head)
         except (Exception, asyncio.CancelledError) as error:  # counted and passed on
             self._signals.failed(plan, _became(error), images=len(images))
             raise
@@ -100,7 +125,7 @@ class Inference:
         stages_s: dict[str, float] = {}
         with self._signals.stage("decode", stages_s):
             pixels = await asyncio.gather(*[self._pixels(image) for image in images])
-        answers = await self._ask([p for p in pixels if isinstance(p, Tensor)], plan)
+        answers = await self._ask([p for p in pixels if isinstance(p, Tensor)], plan, call)
         self._signals.computed(answers, stages_s)
         with self._signals.stage("head", stages_s):
             made = iter([await head(answer) for answer in answers])
@@ -113,13 +138,19 @@ class Inference:
 
     async def _pixels(self, image: ImageSource) -> Tensor | ImageError:
         try:
-            return await self._decoding.pixels(image)
+            if not isinstance(image, Url):
+                return await self._decoding.pixels(image)
+            if self._fetching is None:
+                raise FetchError("this server fetches no URLs", code="url_refused")
+            async with self._fetching.image(image.text) as data:
+                return await self._decoding.pixels(data)
         except ImageError as error:
             return error
 
-    async def _ask(self, pixels: Sequence[Tensor], plan: Plan) -> list[Answer]:
+    async def _ask(self, pixels: Sequence[Tensor], plan: Plan, call: Call) -> list[Answer]:
         """Whatever ends this, no image of it is left in the queue."""
-        futures = [asyncio.wrap_future(f) for f in self._engine.submit(pixels, plan.ask)]
+        queued = self._engine.submit(pixels, plan.ask, lane=plan.lane, deadline_s=call.deadline_s)
+        futures = [asyncio.wrap_future(future) for future in queued]
         try:
             return await asyncio.gather(*futures)
         finally:

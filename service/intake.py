@@ -1,13 +1,14 @@
 """From an HTTP request to images, as they came, and options.
 
 Three forms are read: JSON with base64, multipart with files, and one raw image with the options in
-the query. Every read is bounded. Nothing is fetched from anywhere: no URL, no path.
+the query. What is read is bounded by `bodies.py`. Nothing is fetched or decoded here.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,24 +17,27 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import QueryParams, UploadFile
-from starlette.types import Message, Receive
 
 from medley.errors import ImageError
 from service.errors import MediaTypeError, PayloadError, RequestError, SyntaxProblemError
-from service.schemas import ClassifyOptions, ClassifyRequest
+from service.schemas import ClassifyOptions, ClassifyRequest, ImageInput
 from service.settings import Settings
 
 __all__ = [
     "Base64",
+    "DataUri",
     "ImageSource",
     "Intake",
+    "Url",
     "checked",
     "field_errors",
     "image_bytes",
+    "image_source",
     "read_classification",
 ]
 
 _MAX_PARTS = 20_000  # of a form; its bytes are bounded, and the counts are checked afterwards
+_DATA_URI = re.compile(r"data:[^,]{0,200};base64", re.IGNORECASE)
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -44,7 +48,21 @@ class Base64:
     text: str
 
 
-ImageSource = bytes | Base64  # `bytes` are the image file
+@dataclass(frozen=True)
+class DataUri:
+    """An image file as a `data:` URI of base64; checked where it is decoded."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Url:
+    """Where an image is to be fetched."""
+
+    text: str
+
+
+ImageSource = bytes | Base64 | DataUri | Url  # `bytes` are the image file
 
 
 @dataclass(frozen=True)
@@ -58,35 +76,48 @@ class Intake:
 async def read_classification(request: Request, settings: Settings) -> Intake:
     """Read the body in whichever of the three forms it says it has.
 
+    Args:
+        request: one of `Bodies.open`, whose errors pass through.
+        settings: how many images and labels there may be.
+
     Raises:
         SyntaxProblemError, RequestError, PayloadError, MediaTypeError.
     """
-    bounded = Request(request.scope, _bounded(request, settings.max_request_bytes))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        intake = _from_json(await bounded.body(), request.query_params)
+        intake = _from_json(await request.body(), request.query_params)
     elif kind == "multipart/form-data":
-        intake = await _from_form(bounded)
+        intake = await _from_form(request)
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        intake = Intake([await bounded.body()], _options(request.query_params.multi_items()))
+        intake = Intake([await request.body()], _options(request.query_params.multi_items()))
     else:
         raise MediaTypeError("send application/json, multipart/form-data or image/*")
     _check_counts(intake, settings)
     return intake
 
 
-def image_bytes(image: ImageSource) -> bytes:
+def image_source(image: ImageInput) -> ImageSource:
+    """The image of a JSON request."""
+    if image.bytes_b64 is not None:
+        return Base64(image.bytes_b64)
+    if image.data_uri is not None:
+        return DataUri(image.data_uri)
+    assert image.url is not None  # the schema wants one of the three
+    return Url(image.url)
+
+
+def image_bytes(image: bytes | Base64 | DataUri) -> bytes:
     """The file's bytes.
 
     Raises:
-        ImageError: the base64 is not valid.
+        ImageError: `bad_base64` or `bad_data_uri`.
     """
     if isinstance(image, bytes):
         return image
     try:
-        return base64.b64decode(image.text, validate=True)
+        return base64.b64decode(_base64_text(image), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError("bytes_b64 is not base64", code="bad_base64") from error
+        raise ImageError("the image is not base64", code="bad_base64") from error
 
 
 def checked(model: type[Model], body: bytes) -> Model:
@@ -102,12 +133,21 @@ def field_errors(errors: Iterable[Mapping[str, Any]]) -> RequestError:
     return RequestError(detail, errors=found)
 
 
+def _base64_text(image: Base64 | DataUri) -> str:
+    if isinstance(image, Base64):
+        return image.text
+    head, comma, data = image.text.partition(",")
+    if not comma or not _DATA_URI.fullmatch(head):
+        raise ImageError("the data URI is not data:<type>;base64,<data>", code="bad_data_uri")
+    return data
+
+
 def _from_json(body: bytes, query: QueryParams) -> Intake:
     if query:
         raise RequestError("a JSON request has its options in the body, not in the query")
     request = checked(ClassifyRequest, body)
     images = [request.image] if request.image else request.images or []
-    return Intake([Base64(image.bytes_b64) for image in images], request)
+    return Intake([image_source(image) for image in images], request)
 
 
 async def _from_form(request: Request) -> Intake:
@@ -151,25 +191,6 @@ def _check_counts(intake: Intake, settings: Settings) -> None:
             f"{labels} labels x {templates} templates, limit {settings.max_prompts} prompts",
             code="too_many_labels",
         )
-
-
-def _bounded(request: Request, max_bytes: int) -> Receive:
-    """The request's body, cut off with PayloadError where it exceeds the limit."""
-    too_large = PayloadError(f"the request is larger than {max_bytes} bytes")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise too_large
-    seen = 0
-
-    async def receive() -> Message:
-        nonlocal seen
-        message = await request.receive()
-        seen += len(message.get("body", b""))
-        if seen > max_bytes:
-            raise too_large
-        return message
-
-    return receive
 
 
 @contextmanager

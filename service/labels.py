@@ -28,13 +28,16 @@ Key = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 
 class LabelCache:
-    """The most recently used label sets, at most `size` of them. Belongs to the event loop."""
+    """The most recently used label sets, bounded in number and bytes. Belongs to the event loop."""
 
-    def __init__(self, encode: Encode, engine: Engine, size: int) -> None:
+    def __init__(self, encode: Encode, engine: Engine, *, max_sets: int, max_bytes: int) -> None:
+        self.used_bytes = 0
         self._encode = encode
         self._engine = engine
-        self._size = size
+        self._max_sets = max_sets
+        self._max_bytes = max_bytes
         self._kept: OrderedDict[Key, asyncio.Future[Tensor]] = OrderedDict()
+        self._bytes: dict[Key, int] = {}
 
     async def get(
         self, resident: Resident | None, labels: tuple[str, ...], templates: tuple[str, ...] | None
@@ -60,8 +63,7 @@ class LabelCache:
             kept = self._kept[key] = self._start(labels, templates, path)
             kept.add_done_callback(lambda done: self._settle(key, done))
         self._kept.move_to_end(key)
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+        self._make_room()
         return await asyncio.shield(kept)
 
     def _start(
@@ -75,8 +77,20 @@ class LabelCache:
 
     def _settle(self, key: Key, done: asyncio.Future[Tensor]) -> None:
         """Keep no failure: the next request tries again."""
+        if self._kept.get(key) is not done:
+            return  # it has been pushed out meanwhile
         if done.cancelled() or done.exception() is not None:
-            self._kept.pop(key, None)
+            del self._kept[key]
+            return
+        self._bytes[key] = done.result().nbytes
+        self.used_bytes += self._bytes[key]
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Let the least recently used go; a set that is being encoded weighs nothing yet."""
+        while len(self._kept) > self._max_sets or self.used_bytes > self._max_bytes:
+            key, _ = self._kept.popitem(last=False)
+            self.used_bytes -= self._bytes.pop(key, 0)
 
 
 async def _concatenated(jobs: list[asyncio.Future[Tensor]]) -> Tensor:

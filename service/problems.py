@@ -52,6 +52,8 @@ def answer(request: Request, error: Exception) -> JSONResponse:
     fields |= {"instance": f"{request.url.path}#{request_id}", "request_id": request_id}
     if "retry_after_s" in fields:
         headers["Retry-After"] = str(fields["retry_after_s"])
+    if fields["status"] == HTTPStatus.REQUEST_TIMEOUT:
+        headers["Connection"] = "close"  # the rest of the body, if it ever comes, is not read
     if fields["status"] == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if speaks_openai(request.url.path):

@@ -74,7 +74,17 @@ class ImageInput(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bytes_b64: str = Field(description="The image file, base64")
+    bytes_b64: str | None = Field(default=None, description="The image file, base64")
+    data_uri: str | None = Field(default=None, description="`data:image/...;base64,...`")
+    url: str | None = Field(
+        default=None, max_length=4096, description="http(s); where the server fetches images at all"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImageInput:
+        if [self.bytes_b64, self.data_uri, self.url].count(None) != 2:
+            raise ValueError("give one of bytes_b64, data_uri and url")
+        return self
 
 
 class ClassifyRequest(ClassifyOptions):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from medley.classifier import check_buckets
 from medley.precision import Precision
+from service.logs import LogFormat, LogLevel
 
 __all__ = ["Settings", "is_loopback"]
 
@@ -79,6 +80,12 @@ class Settings(BaseSettings):
     slots: int = Field(default=128, ge=1, description="Expert slots per block and tower")
     max_experts: int = Field(default=32, ge=1, description="Experts of one task in one block")
     max_bottleneck: int = Field(default=64, ge=1, description="Widest expert bottleneck")
+    host_bytes: int = Field(
+        default=1024 * MIB, ge=0, description="Memory for versions that are ready to be loaded"
+    )
+    unload_s: float = Field(
+        default=30.0, gt=0, description="Longest wait for requests to let a version leave"
+    )
     max_top_k: int = Field(
         default=2, ge=1, description="Most experts that one image may take in a block"
     )
@@ -159,6 +166,30 @@ class Settings(BaseSettings):
     )
     image_url_networks: Networks = Field(
         default=(), description="Networks that are fetched from although they are not public"
+    )
+
+    replica: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9._-]{0,128}$",
+        description="Name of this server in the header X-Replica; none is sent if it is empty",
+    )
+    log_format: LogFormat = Field(
+        default="text", description="Lines of the log: text for people, json for machines"
+    )
+    log_level: LogLevel = Field(
+        default="info", description="Least that is logged: debug, info, warning or error"
+    )
+    tracing: Literal["off", "otlp"] = Field(
+        default="off", description="Where spans go: off, or otlp, set up by OTEL_* variables"
+    )
+    task_series: int = Field(
+        default=200, ge=0, description="Tasks that have metrics of their own; the rest is `other`"
+    )
+    reservoir: int = Field(
+        default=0, ge=0, description="Images that no task claims to keep as a sample; 0 keeps none"
+    )
+    reservoir_bytes: int = Field(
+        default=256 * MIB, ge=1, description="Most bytes of that sample on disk"
     )
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from medley.backbone import Backbone
+from service.bodies import Bodies
 from service.classification import Classification
 from service.engine import Engine
 from service.errors import AccessError, UnavailableError
@@ -28,6 +29,7 @@ class Service:
     backbone: Backbone
     engine: Engine
     tasks: Tasks
+    bodies: Bodies
     inference: Inference
     classification: Classification
     metrics: Metrics

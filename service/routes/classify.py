@@ -22,8 +22,9 @@ async def classify(request: Request, service: CurrentService) -> Response:
     Options are fields of the JSON, form fields, or query parameters.
     """
     call = call_of(request, service.settings)
-    intake = await read_classification(request, service.settings)
-    timed = await until_gone(request, service.classification.classify(intake, call))
+    with service.bodies.open(request, call) as bounded:
+        intake = await read_classification(bounded, service.settings)
+        timed = await until_gone(request, service.classification.classify(intake, call))
     headers = {
         "Server-Timing": call.server_timing(timed.stages_s),
         "X-Registry-Generation": str(timed.response.generation),
