@@ -27,6 +27,7 @@ from service.fetch import Fetching
 from service.inference import Inference
 from service.labels import LabelCache
 from service.lifecycle import Lifecycle
+from service.loading import Loader
 from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
 from service.registry import LocalRegistry
@@ -38,6 +39,7 @@ from service.signals import Signals
 from service.state import Service
 from service.store import BundleStore
 from service.tasks import Tasks
+from service.tracing import Tracing, make_tracing
 
 __all__ = ["create_app", "load_backbone_of"]
 
@@ -50,6 +52,7 @@ def create_app(
     backbone: Backbone | None = None,
     on_step: OnStep = lambda step: None,
     in_background: bool = False,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Build the app; the model is loaded and the registry restored when it starts.
 
@@ -61,6 +64,10 @@ def create_app(
         on_step: hears where a registration is (see `service/tasks.py`).
         in_background: start while requests are answered `starting` already, as a server wants it;
             otherwise the app's lifespan begins when it is ready, or raises why it is not.
+        tracing: where spans go, instead of where the settings say.
+
+    Raises:
+        ServiceError: the settings want tracing, which is not installed.
     """
 
     @asynccontextmanager
@@ -71,6 +78,7 @@ def create_app(
             )
 
         async with AsyncExitStack() as stack:
+            stack.callback(spans.close)
             starting = asyncio.create_task(lifecycle.follow(start()))
             try:
                 if not in_background:
@@ -84,7 +92,8 @@ def create_app(
         service: Service | None = app.state.service
         return service.tasks.live.snapshot.desired.generation if service else 0
 
-    metrics, lifecycle = Metrics(), Lifecycle()
+    metrics, lifecycle = Metrics(task_series=settings.task_series), Lifecycle()
+    spans = tracing or make_tracing(settings.tracing)
     app = FastAPI(
         title="Medley",
         version=package_version(),
@@ -97,7 +106,13 @@ def create_app(
     for routes in (classify.routes, tasks.routes, probes.routes):
         app.include_router(routes)
     app.add_middleware(Gate, settings=settings, openapi=lambda: app.openapi())
-    app.add_middleware(RequestContext, metrics=metrics, generation=generation)
+    app.add_middleware(
+        RequestContext,
+        metrics=metrics,
+        generation=generation,
+        tracing=spans,
+        replica=settings.replica,
+    )
     openapi.describe(app)
     return app
 
@@ -125,12 +140,11 @@ async def _start(
     engine = _engine(settings, metrics, classifier)
     engine.start()
     stack.callback(engine.stop)
+    loader = Loader(engine, classifier, metrics, max_bundle_bytes=settings.max_bundle_bytes)
     residency = Residency(
         store=store,
-        engine=engine,
-        classifier=classifier,
+        loader=loader,
         metrics=metrics,
-        max_bundle_bytes=settings.max_bundle_bytes,
         max_host_bytes=settings.host_bytes,
         unload_s=settings.unload_s,
     )

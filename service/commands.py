@@ -37,9 +37,8 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
 ) -> None:
     """Run a server; further settings come from MEDLEY_* variables (docs/settings.md)."""
-    import logging
-
     from medley.errors import MedleyError
+    from service import logs
     from service.app import create_app
     from service.server import serve as run
     from service.settings import Settings
@@ -52,10 +51,10 @@ def serve(
         "weights": weights,
         "device": device,
     }
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with _one_line_errors():
         settings = Settings(**{k: v for k, v in given.items() if v is not None})
-    app = create_app(settings, in_background=True)
+        logs.configure(settings.log_format, level=settings.log_level)
+        app = create_app(settings, in_background=True)
     try:
         run(app, settings, on_ready=lambda url: out.print(f"Medley answers at {url}"))
     except MedleyError as error:

@@ -9,11 +9,12 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from service.errors import ServiceError
 from service.notes import Stage
 
-__all__ = ["RequestSpan", "Trace", "Tracing", "Untraced", "read_traceparent"]
+__all__ = ["RequestSpan", "Trace", "Tracing", "Untraced", "make_tracing", "read_traceparent"]
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED = 1
@@ -64,6 +65,21 @@ class Untraced:
 
     def close(self) -> None:
         """Nothing is here."""
+
+
+def make_tracing(kind: Literal["off", "otlp"]) -> Tracing:
+    """Tracing as the settings have it.
+
+    Raises:
+        ServiceError: it needs the extra `otel`, which is not installed.
+    """
+    if kind == "off":
+        return Untraced()
+    try:
+        from service.otel import Otel
+    except ImportError as error:
+        raise ServiceError("MEDLEY_TRACING=otlp needs medley-clip[otel] installed") from error
+    return Otel()
 
 
 def read_traceparent(values: Sequence[str]) -> Trace | None:

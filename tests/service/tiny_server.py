@@ -5,12 +5,12 @@ Further words set settings, as in `drain_delay_s=1`. Prints its URL once it is r
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
 import torch
 
+from service import logs
 from service.app import create_app
 from service.server import serve
 from service.settings import Settings
@@ -19,10 +19,11 @@ from tests.models import tiny_backbone
 
 def main() -> None:
     torch.set_num_threads(1)
-    logging.basicConfig(level=logging.WARNING)
     store, *words = sys.argv[1:]
     given = dict(word.split("=", 1) for word in words)
-    settings = Settings.model_validate({"port": 0, "buckets": (4,), "store": Path(store)} | given)
+    fields = {"port": 0, "buckets": (4,), "store": Path(store), "log_level": "warning"}
+    settings = Settings.model_validate(fields | given)
+    logs.configure(settings.log_format, level=settings.log_level)
     app = create_app(settings, backbone=tiny_backbone(), in_background=True)
     serve(app, settings, on_ready=announce)
 
