@@ -229,7 +229,8 @@ class Connection(HttpToolsProtocol):
         log.info("a connection is closed: %s", refusal.detail)
         self._shared.metrics.connections_refused.labels(refusal.code).inc()
         self._be_busy()
-        pending = self.cycle is not None and not self.cycle.response_complete
+        begun = self.cycle is not None  # it is, before the first request
+        pending = begun and not self.cycle.response_complete
         if pending and (self.pipeline or self._in_head or self.cycle.response_started):
             self.transport.abort()
             return

@@ -38,8 +38,8 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(store: Path) -> Iterator[ServerProcess]:
-    command = [sys.executable, "-m", "tests.service.tiny_server", str(store)]
+def running_server(store: Path, *settings: str) -> Iterator[ServerProcess]:
+    command = [sys.executable, "-m", "tests.service.tiny_server", str(store), *settings]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         try:
@@ -50,12 +50,12 @@ def running_server(store: Path) -> Iterator[ServerProcess]:
             process.terminate()  # in order, so that what it ran is counted in the coverage
 
 
-StartServer = Callable[[Path], AbstractContextManager[ServerProcess]]
+StartServer = Callable[..., AbstractContextManager[ServerProcess]]
 
 
 @pytest.fixture(scope="session")
 def start_server() -> StartServer:
-    """Start a server process on a store folder; ends with the `with` block."""
+    """Start a server process on a store folder, with settings as in "drain_s=1"; a `with` block."""
     return running_server
 
 
