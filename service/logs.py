@@ -7,6 +7,9 @@ its writer's business: never an image, a label, a query, a key.
 from __future__ import annotations
 
 import logging
+import sys
+import threading
+from types import TracebackType
 from typing import Literal, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
@@ -15,6 +18,7 @@ from service.notes import CURRENT
 
 __all__ = ["LogFormat", "LogLevel", "configure"]
 
+log = logging.getLogger(__name__)
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OURS = ("service", "medley", "kernels")
@@ -36,6 +40,8 @@ def configure(format: LogFormat, *, level: LogLevel = "info", stream: TextIO | N
     for name in OURS:
         logging.getLogger(name).setLevel(level.upper())
     logging.captureWarnings(True)
+    sys.excepthook = _crashed
+    threading.excepthook = lambda args: _crashed(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def _json() -> logging.Formatter:
@@ -49,6 +55,13 @@ def _json() -> logging.Formatter:
 def _text() -> logging.Formatter:
     line = "%(asctime)s %(levelname)s [%(request_id)s] %(message)s"
     return logging.Formatter(line, defaults={"request_id": "-"})
+
+
+def _crashed(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """What nobody caught is a line like any other."""
+    log.critical("ended by an error", exc_info=(kind, error or kind(), trace))
 
 
 def _name_request(record: logging.LogRecord) -> bool:
