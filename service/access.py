@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.routing import compile_path, get_route_path
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
@@ -54,7 +54,6 @@ RULES: Mapping[str, Mapping[str, Level]] = {
     "/v1/tasks": {"GET": READ},
     "/v1/tasks/{task}": {"GET": READ, "DELETE": CHANGE},
     "/v1/tasks/{task}:rollback": {"POST": CHANGE},
-    "/v1/tasks/{task}/live": {"PUT": CHANGE},
     "/v1/tasks/{task}/aliases/{alias}": {"PUT": CHANGE, "DELETE": CHANGE},
     "/v1/tasks/{task}/versions/{version}": {"PUT": CHANGE, "DELETE": CHANGE},
     "/v1/tasks/{task}/versions/{version}/pin": {"PUT": CHANGE, "DELETE": CHANGE},
@@ -114,7 +113,7 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        method, paths = scope["method"], _matching(self._patterns, get_route_path(scope))
+        method, paths = scope["method"], _matching(self._patterns, _path(scope))
         if not paths:
             raise HTTPException(404)
         known = [path for path in paths if method in RULES[path]]
@@ -181,6 +180,10 @@ def _check_query(query: QueryParams, known: set[str]) -> None:
         raise RequestError(
             f"unknown query parameter: {', '.join(one['where'][6:] for one in named)}", errors=named
         )
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _matching(patterns: Mapping[str, re.Pattern[str]], path: str) -> list[str]:

@@ -33,9 +33,10 @@ from service.middleware import RequestContext
 from service.registry import LocalRegistry
 from service.residency import Residency
 from service.room import Room
-from service.routes import classify, probes, tasks
+from service.routes import classify, embeddings, models, operations, probes, route, tasks, v2
 from service.settings import Settings
 from service.signals import Signals
+from service.sources import Sources
 from service.state import Service
 from service.store import BundleStore
 from service.tasks import Tasks
@@ -103,8 +104,8 @@ def create_app(
     )
     app.state.lifecycle, app.state.metrics, app.state.service = lifecycle, metrics, None
     problems.install(app)
-    for routes in (classify.routes, tasks.routes, probes.routes):
-        app.include_router(routes)
+    for module in (classify, route, embeddings, models, v2, tasks, operations, probes):
+        app.include_router(module.routes)
     app.add_middleware(Gate, settings=settings, openapi=lambda: app.openapi())
     app.add_middleware(
         RequestContext,
@@ -151,11 +152,13 @@ async def _start(
     service_tasks = Tasks(
         registry=registry,
         store=store,
+        sources=Sources(settings.bundle_sources, timeout_s=settings.upload_timeout_s),
         residency=residency,
         metrics=metrics,
         max_bundle_bytes=settings.max_bundle_bytes,
         on_step=on_step,
     )
+    stack.push_async_callback(service_tasks.close)
     at("restoring tasks")
     await service_tasks.restore()
     at("warming up")
@@ -187,13 +190,19 @@ async def _start(
     bodies = Bodies(
         held_bytes, max_bytes=settings.max_request_bytes, timeout_s=settings.body_timeout_s
     )
-    classification = Classification(
-        inference,
-        _label_cache(settings, classifier.model, engine),
-        logit_scale=backbone.logit_scale,
-    )
+    labels = _label_cache(settings, classifier.model, engine)
+    classification = Classification(inference, labels, logit_scale=backbone.logit_scale)
     return Service(
-        settings, backbone, engine, service_tasks, bodies, inference, classification, metrics
+        settings=settings,
+        backbone=backbone,
+        engine=engine,
+        tasks=service_tasks,
+        residency=residency,
+        labels=labels,
+        bodies=bodies,
+        inference=inference,
+        classification=classification,
+        metrics=metrics,
     )
 
 

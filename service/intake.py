@@ -29,6 +29,7 @@ __all__ = [
     "ImageSource",
     "Intake",
     "Url",
+    "check_counts",
     "checked",
     "field_errors",
     "image_bytes",
@@ -92,7 +93,7 @@ async def read_classification(request: Request, settings: Settings) -> Intake:
         intake = Intake([await request.body()], _options(request.query_params.multi_items()))
     else:
         raise MediaTypeError("send application/json, multipart/form-data or image/*")
-    _check_counts(intake, settings)
+    check_counts(intake, settings)
     return intake
 
 
@@ -177,7 +178,8 @@ def _options(items: Iterable[tuple[str, str]]) -> ClassifyOptions:
         return ClassifyOptions.model_validate(fields)
 
 
-def _check_counts(intake: Intake, settings: Settings) -> None:
+def check_counts(intake: Intake, settings: Settings) -> None:
+    """Refuse more images, labels or prompts than one request may bring, by PayloadError."""
     options = intake.options
     labels, templates = len(options.labels or ()), len(options.templates or (None,))
     if len(intake.images) > settings.max_images:

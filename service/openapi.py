@@ -10,15 +10,18 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.access import RULES, Level
-from service.openai_schemas import ErrorAnswer
+from service.openai_schemas import EmbeddingsRequest, ErrorAnswer
 from service.problems import PROBLEM_JSON
 from service.schemas import ClassifyOptions, ClassifyRequest, Problem
+from service.v2_schemas import IndexRequest, InferRequest, LoadRequest, UnloadRequest, V2Problem
 
 __all__ = [
     "CLASSIFY_BODY",
     "OPENAI_RESPONSES",
     "PROBLEM_RESPONSES",
+    "V2_RESPONSES",
     "describe",
+    "json_body",
     "operations",
 ]
 
@@ -56,9 +59,26 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="Problem")}}},
     }
 }
+V2_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "A problem (RFC 9457) with the protocol's `error`",
+        "content": {PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="V2Problem")}}},
+    }
+}
 OPENAI_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"description": "A problem in OpenAI's shape", "model": ErrorAnswer}
 }
+_MODELS: list[type[BaseModel]] = [  # those that only a reference names
+    ClassifyOptions,
+    ClassifyRequest,
+    EmbeddingsRequest,
+    IndexRequest,
+    InferRequest,
+    LoadRequest,
+    Problem,
+    UnloadRequest,
+    V2Problem,
+]
 _KEYS = {
     "adminKey": {"type": "http", "scheme": "bearer", "description": "MEDLEY_ADMIN_KEY"},
     "readKey": {"type": "http", "scheme": "bearer", "description": "MEDLEY_READ_KEY, if it is set"},
@@ -68,6 +88,13 @@ _SECURITY: dict[Level, list[dict[str, list[str]]]] = {
     Level.READ: [{}, {"readKey": []}, {"adminKey": []}],
     Level.CHANGE: [{"adminKey": []}],
 }
+
+
+def json_body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    """The body of a route that reads it itself, so that it can bound it."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 def describe(app: FastAPI) -> None:
@@ -83,8 +110,7 @@ def describe(app: FastAPI) -> None:
 
 
 def _complete(document: dict[str, Any]) -> None:
-    models: list[Any] = [ClassifyRequest, ClassifyOptions, Problem]
-    _, extra = models_json_schema([(m, "validation") for m in models], ref_template=_REF)
+    _, extra = models_json_schema([(m, "validation") for m in _MODELS], ref_template=_REF)
     document["components"]["schemas"] |= extra["$defs"]
     document["components"]["securitySchemes"] = _KEYS
     for path, method, operation in operations(document):

@@ -14,7 +14,9 @@ from service.classification import Classification
 from service.engine import Engine
 from service.errors import AccessError, UnavailableError
 from service.inference import Inference
+from service.labels import LabelCache
 from service.metrics import Metrics
+from service.residency import Residency
 from service.settings import Settings
 from service.tasks import Tasks
 
@@ -29,6 +31,8 @@ class Service:
     backbone: Backbone
     engine: Engine
     tasks: Tasks
+    residency: Residency
+    labels: LabelCache
     bodies: Bodies
     inference: Inference
     classification: Classification

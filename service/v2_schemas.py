@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Json
 
+from service.schemas import Problem
+
 __all__ = [
     "INPUTS",
     "OUTPUTS",
@@ -26,11 +28,18 @@ __all__ = [
     "ServerReady",
     "TensorMetadata",
     "UnloadRequest",
+    "V2Problem",
 ]
 
 
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class V2Problem(Problem):
+    """A problem, with its text where the protocol looks for it."""
+
+    error: str
 
 
 class ServerMetadata(BaseModel):

@@ -1,0 +1,90 @@
+"""`POST /v1/route`: which task would answer, and why; no labels, and no expert computes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from medley.errors import ImageError
+from medley.routed import ZERO_SHOT
+from service.call import Call, call_of, until_gone
+from service.classification import failure_of, path_of, scores_of
+from service.engine import Answer
+from service.inference import Inference
+from service.intake import Intake, read_classification
+from service.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
+from service.planning import Plan, make_plan
+from service.route_schemas import Decision, RouteResponse, RouteScore
+from service.state import CurrentService
+
+__all__ = ["routes"]
+
+routes = APIRouter(prefix="/v1", tags=["classify"], responses=PROBLEM_RESPONSES)
+
+
+@routes.post("/route", response_model=RouteResponse, openapi_extra=CLASSIFY_BODY)
+async def route(request: Request, service: CurrentService) -> Response:
+    """Say what a classification would do: the same request, decided but not carried out."""
+    call = call_of(request, service.settings)
+    with service.bodies.open(request, call) as bounded:
+        intake = await read_classification(bounded, service.settings)
+        work = _decided(service.inference, intake, call)
+        answer, stages_s = await until_gone(request, work)
+    headers = {
+        "Server-Timing": call.server_timing(stages_s),
+        "X-Registry-Generation": str(answer.generation),
+    }
+    body = answer.model_dump_json(exclude_none=True)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+async def _decided(
+    inference: Inference, intake: Intake, call: Call
+) -> tuple[RouteResponse, dict[str, float]]:
+    options = intake.options
+    labels = tuple(options.labels) if options.labels is not None else None
+    async with inference.planned(options.model, call, labels=labels) as plan:
+
+        async def decision(answer: Answer) -> Decision:
+            return _decision(answer, plan)
+
+        look = make_plan(plan.snapshot, "base")  # all scores are there, whatever path is taken
+        outcome = await inference.run(intake.images, look, call, decision)
+    outcome.raise_alone()
+    results = [failure_of(r) if isinstance(r, ImageError) else r for r in outcome.results]
+    generation = plan.snapshot.desired.generation
+    return RouteResponse(generation=generation, results=results), outcome.stages_s
+
+
+def _decision(answer: Answer, plan: Plan) -> Decision:
+    resident = plan.snapshot.by_path.get(_path(answer, plan))
+    return Decision(
+        path=path_of(resident), routed_by=plan.routed_by, scores=_route_scores(answer, plan)
+    )
+
+
+def _path(answer: Answer, plan: Plan) -> int:
+    """The rule of `SelectorBank.decide`, on the scores that it would have decided by."""
+    if plan.ask.path is not None:
+        return plan.ask.path
+    claimed = [p for p in plan.ask.eligible or () if answer.accepted.get(p)]
+    return min(claimed, key=lambda p: (answer.scores[p], p), default=ZERO_SHOT)
+
+
+def _route_scores(answer: Answer, plan: Plan) -> dict[str, RouteScore]:
+    live = plan.snapshot.live
+    return {
+        task: RouteScore(
+            **score.model_dump(),
+            margin=_margin(score.score, score.threshold),
+            eligible=_eligible(live[task].path, plan),
+        )
+        for task, score in scores_of(answer, plan.snapshot).items()
+    }
+
+
+def _eligible(path: int, plan: Plan) -> bool:
+    return path == plan.ask.path or path in (plan.ask.eligible or ())
+
+
+def _margin(score: float | None, threshold: float | None) -> float | None:
+    return None if score is None or threshold is None else threshold - score
