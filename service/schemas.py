@@ -13,14 +13,10 @@ __all__ = [
     "ClassifyResponse",
     "Failure",
     "ImageInput",
-    "LiveRequest",
     "Path",
     "Prediction",
     "Problem",
-    "TaskAnswer",
     "TaskScore",
-    "TasksAnswer",
-    "VersionAnswer",
 ]
 
 Label = Annotated[str, Field(min_length=1, max_length=200)]
@@ -163,39 +159,3 @@ class ClassifyResponse(BaseModel):
 
     generation: int
     results: list[Prediction | Failure]
-
-
-class VersionAnswer(BaseModel):
-    """One version of a task and its state on this server."""
-
-    version: str
-    digest: str
-    created_at: str
-    state: Literal["live", "ready", "failed"]
-    reason: str | None = None
-
-
-class TaskAnswer(BaseModel):
-    """One task; classes and templates are those of the live version."""
-
-    task: str
-    live: str | None
-    versions: list[VersionAnswer]
-    class_names: list[str]
-    templates: list[str]
-    generation: int
-
-
-class TasksAnswer(BaseModel):
-    """All tasks, by name."""
-
-    generation: int
-    tasks: list[TaskAnswer]
-
-
-class LiveRequest(BaseModel):
-    """Which version is to be live."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    version: str = Field(min_length=1, max_length=200)

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from medley.classifier import check_buckets
 from medley.precision import Precision
 from service.logs import LogFormat, LogLevel
+from service.sources import check_prefix
 
 __all__ = ["Settings", "is_loopback"]
 
@@ -38,6 +39,10 @@ Buckets = Annotated[
 
 Networks = Annotated[
     tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode, BeforeValidator(_several)
+]
+
+Prefixes = Annotated[
+    tuple[Annotated[str, AfterValidator(check_prefix)], ...], NoDecode, BeforeValidator(_several)
 ]
 
 
@@ -151,6 +156,12 @@ class Settings(BaseSettings):
     max_prompts: int = Field(default=4000, ge=1, description="Labels x templates in one request")
     max_bundle_bytes: int = Field(
         default=512 * MIB, ge=1, description="Largest bundle that is taken in"
+    )
+    upload_timeout_s: float = Field(
+        default=600.0, gt=0, description="Longest time for a bundle to arrive or to be fetched"
+    )
+    bundle_sources: Prefixes = Field(
+        default=(), description="URLs or folders under which bundles may be fetched; none: off"
     )
     label_cache: int = Field(
         default=256, ge=1, description="Label sets whose text features are kept"

@@ -11,9 +11,10 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, Self
 
 from service.errors import PayloadError, StorageError, UnavailableError
 
@@ -21,12 +22,23 @@ __all__ = ["BundleStore", "Upload"]
 
 
 class Upload:
-    """Bytes on their way in."""
+    """Bytes on their way in; a context manager that discards them at its end."""
 
     def __init__(self, file: IO[bytes], max_bytes: int) -> None:
         self._file = file
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self.size_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
 
     @property
     def path(self) -> Path:
@@ -41,8 +53,8 @@ class Upload:
             StorageError: the disk does not take it.
         """
         self.size_bytes += len(chunk)
-        if self.size_bytes > self._max_bytes:
-            raise PayloadError(f"the bundle is larger than {self._max_bytes} bytes")
+        if self.size_bytes > self.max_bytes:
+            raise PayloadError(f"the bundle is larger than {self.max_bytes} bytes")
         with _storage_errors():
             self._file.write(chunk)
 
@@ -51,6 +63,16 @@ class Upload:
         with _storage_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def discard(self) -> None:
+        """Remove the bytes, unless `keep` has given them another name; never fails.
+
+        What a disk does not let go of is removed at the next start.
+        """
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
 class BundleStore:
@@ -73,16 +95,11 @@ class BundleStore:
         """Where the bundle with this digest ("sha256:...") is, if it is here."""
         return self._bundles / f"{digest.removeprefix('sha256:')}.safetensors"
 
-    @contextmanager
-    def upload(self, max_bytes: int) -> Iterator[Upload]:
-        """Take bytes in; whatever `keep` has not claimed is gone afterwards."""
+    def upload(self, max_bytes: int) -> Upload:
+        """Begin to take bytes in; whatever `keep` has not claimed is gone after `with`."""
         with _storage_errors():
             file = tempfile.NamedTemporaryFile(dir=self._incoming, suffix=".part", delete=False)  # noqa: SIM115
-        try:
-            with file:
-                yield Upload(file, max_bytes)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+        return Upload(file, max_bytes)
 
     def keep(self, upload: Upload, digest: str) -> Path:
         """Give a finished upload its final name; the same bundle twice is one file."""
@@ -112,7 +129,8 @@ class BundleStore:
 
 
 def _lock_folder(folder: Path) -> IO[bytes]:
-    lock = (folder / "lock").open("wb")
+    with _storage_errors():
+        lock = (folder / "lock").open("wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -2,26 +2,51 @@
 
 Order of every change: bytes to the store, admission on the device (`service/residency.py`), one
 registry transaction, flip of the pointer in memory. So a crash leaves the registry before or after,
-and nothing is reported live that is not. One change at a time; requests go on meanwhile.
+and nothing is reported live that is not. One change at a time; requests go on meanwhile. A change
+that has begun is made whole, whoever has given up waiting for it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from medley.bundle import Bundle
-from service.errors import ConflictError, RequestError
-from service.live import Live
+from service.errors import ConflictError, PreconditionError, RequestError, StorageError
+from service.live import Key, Live, Snapshot
 from service.metrics import Metrics
-from service.registry import LIVE, Desired, Registry, VersionRecord, now
+from service.operations import Operations, Started
+from service.registry import LIVE, Desired, IfMatch, Registry, VersionRecord, now
 from service.residency import Residency
+from service.sources import Sources
 from service.store import BundleStore, Upload
 
-__all__ = ["RESERVED_NAMES", "Registered", "Tasks"]
+__all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Wanted"]
 
+log = logging.getLogger(__name__)
 RESERVED_NAMES = frozenset({"auto", "base"})
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A registration as it is asked for."""
+
+    task: str
+    version: str
+    activate: bool = True
+    if_match: IfMatch | None = None
+    only_new: bool = False  # not even the very same bundle may be there
+
+    def check(self, desired: Desired) -> None:
+        """Raise PreconditionError if its conditions do not hold."""
+        if self.if_match is not None:
+            self.if_match.check(self.task, desired.changed.get(self.task))
+        if self.only_new and (self.task, self.version) in desired.records:
+            raise PreconditionError(f"version {self.version} of {self.task} is there already")
 
 
 @dataclass(frozen=True)
@@ -30,12 +55,15 @@ class Registered:
 
     record: VersionRecord
     created: bool
+    snapshot: Snapshot  # what is served since
+    warnings: tuple[str, ...] = ()
 
 
 class Tasks:
     """All changes of what is served. Belongs to the event loop's thread.
 
-    `on_step` hears where a registration is; tests die there.
+    Every change but a registration returns what is served since. `on_step` hears where a
+    registration is; tests die there.
     """
 
     def __init__(
@@ -43,6 +71,7 @@ class Tasks:
         *,
         registry: Registry,
         store: BundleStore,
+        sources: Sources,
         residency: Residency,
         metrics: Metrics,
         max_bundle_bytes: int,
@@ -50,11 +79,14 @@ class Tasks:
     ) -> None:
         self._registry = registry
         self._store = store
+        self._sources = sources
         self._residency = residency
         self._metrics = metrics
         self._max_bundle_bytes = max_bundle_bytes
         self._on_step = on_step
+        self._verifying = asyncio.Lock()  # one bundle at a time is in memory
         self._changes = asyncio.Lock()
+        self.operations = Operations()
 
     @property
     def live(self) -> Live:
@@ -67,115 +99,243 @@ class Tasks:
         await asyncio.to_thread(self._store.clean, {r.digest for r in desired.versions})
         await self._residency.restore(desired)
 
-    async def register(
-        self, task: str, version: str, chunks: AsyncIterator[bytes], *, activate: bool
-    ) -> Registered:
-        """Take a bundle in; a version that is there with the same digest is not loaded again.
+    async def close(self) -> None:
+        """Give up registrations that wait, make whole what has begun, and return then."""
+        await self.operations.close()
 
-        Raises:
+    async def receive(self, wanted: Wanted, chunks: AsyncIterator[bytes]) -> Started[Registered]:
+        """Take the bytes of a bundle in; what follows is an operation that nobody need wait for.
+
+        A version that is there with the same digest is not loaded again. The operation may end with
             BundleError, CapacityError: it does not fit; nothing has changed.
             RequestError: the bundle is for another task or version.
             ConflictError: that version exists with another digest.
+
+        Raises:
+            PreconditionError: a condition does not hold; told before the first byte.
             PayloadError, StorageError: too large, or the disk does not take it.
         """
-        with self._store.upload(self._max_bundle_bytes) as upload:
+        wanted.check(self.live.snapshot.desired)
+        upload = self._store.upload(self._max_bundle_bytes)
+        try:
             async for chunk in chunks:
                 await asyncio.to_thread(upload.write, chunk)
             await asyncio.to_thread(upload.finish)
             self._on_step("received")
-            bundle = await asyncio.to_thread(self._residency.read, upload.path)
-            _check_names(bundle, task, version)
-            self._on_step("verified")
-            async with self._changes:
-                return await self._take_in(upload, bundle, activate=activate)
+            return self._start(wanted, self._register(wanted, upload))
+        except BaseException:
+            upload.discard()
+            raise
 
-    async def activate(self, task: str, version: str) -> None:
-        """Make a version live; it must work here."""
-        async with self._changes:
-            self.live.snapshot.find(task, version)
-            await self._activate(task, version)
+    def fetch(self, wanted: Wanted, source: str) -> Started[Registered]:
+        """Get a bundle from one of the sources; as `receive`, and the fetch is in the operation.
 
-    async def rollback(self, task: str) -> str:
-        """Make the version live that was live before; returns which."""
-        async with self._changes:
-            desired = await asyncio.to_thread(self._registry.rollback, task)
-            self._residency.publish(desired)
-            return desired.live[task]
+        Raises:
+            AccessError, RequestError: this source may not be fetched.
+            PreconditionError: a condition does not hold.
+        """
+        self._sources.check(source)
+        wanted.check(self.live.snapshot.desired)
+        return self._start(wanted, self._fetch(wanted, source))
 
-    async def delete_version(self, task: str, version: str) -> None:
-        """Remove a version that is not live."""
-        async with self._changes:
-            await self._drop(await asyncio.to_thread(self._registry.delete_version, task, version))
+    async def set_alias(
+        self, task: str, alias: str, version: str, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Let an alias name a version, which must work here; `live` makes it live.
 
-    async def delete_task(self, task: str) -> None:
+        Raises:
+            RequestError: no alias can be called so.
+            NotFoundError, ConflictError, PreconditionError: as `Registry.set_alias`.
+            UnavailableError, CapacityError: the version cannot be brought to the device.
+        """
+        if alias in RESERVED_NAMES:
+            raise RequestError(f"no alias can be called {alias}", code="reserved_name")
+        return await self._change(self._set_alias((task, version), alias, if_match))
+
+    async def delete_alias(
+        self, task: str, alias: str, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Forget an alias; see `Registry.delete_alias`."""
+        return await self._change(
+            self._apply(lambda: self._registry.delete_alias(task, alias, if_match=if_match))
+        )
+
+    async def rollback(self, task: str, *, if_match: IfMatch | None = None) -> Snapshot:
+        """Make the version live that was live before, which must work here."""
+        return await self._change(self._rollback(task, if_match))
+
+    async def set_pinned(
+        self, task: str, version: str, pinned: bool, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Keep a version on the device, or let it be evicted again."""
+
+        def change() -> Desired:
+            return self._registry.set_pinned(task, version, pinned, if_match=if_match)
+
+        needed = self._promise((task, version), if_match, change) if pinned else self._apply(change)
+        return await self._change(needed)
+
+    async def set_rollout(
+        self,
+        task: str,
+        text: str | None,
+        *,
+        version: str | None = None,
+        if_match: IfMatch | None = None,
+    ) -> Snapshot:
+        """Keep a task's rollout; `version` is the candidate, which must work here."""
+
+        def change() -> Desired:
+            return self._registry.set_rollout(task, text, if_match=if_match)
+
+        return await self._change(self._promise((task, version or ""), if_match, change))
+
+    async def delete_version(
+        self, task: str, version: str, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Remove a version that no alias names."""
+        return await self._change(
+            self._drop(lambda: self._registry.delete_version(task, version, if_match=if_match))
+        )
+
+    async def delete_task(self, task: str, *, if_match: IfMatch | None = None) -> Snapshot:
         """Remove a task; requests in flight still get its answers."""
-        async with self._changes:
-            await self._drop(await asyncio.to_thread(self._registry.delete_task, task))
-            self._metrics.forget_task(task)
+        return await self._change(
+            self._drop(lambda: self._registry.delete_task(task, if_match=if_match))
+        )
 
-    async def _take_in(self, upload: Upload, bundle: Bundle, *, activate: bool) -> Registered:
-        manifest, snapshot = bundle.manifest, self.live.snapshot
-        key = (manifest.task, manifest.version)
+    def _start(self, wanted: Wanted, work: Coroutine[Any, Any, Registered]) -> Started[Registered]:
+        return self.operations.start("register", wanted.task, wanted.version, work)
+
+    async def _fetch(self, wanted: Wanted, source: str) -> Registered:
+        with self._store.upload(self._max_bundle_bytes) as upload:
+            await self._sources.fetch(source, upload)
+            self._on_step("received")
+            return await self._register(wanted, upload)
+
+    async def _register(self, wanted: Wanted, upload: Upload) -> Registered:
+        with upload:
+            async with self._verifying:
+                bundle = await asyncio.to_thread(self._residency.read, upload.path)
+                _check_names(bundle, wanted)
+                self._on_step("verified")
+                return await self._change(self._take_in(wanted, upload, bundle))
+
+    async def _change(self, change: Coroutine[Any, Any, T]) -> T:
+        """Make one change, alone and whole: stopped half way it would leave memory behind."""
+        try:
+            await self._changes.acquire()
+        except BaseException:
+            change.close()
+            raise
+        making = asyncio.create_task(change)
+        making.add_done_callback(lambda _: self._changes.release())
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.wait([making])
+            raise
+
+    async def _apply(self, change: Callable[[], Desired]) -> Snapshot:
+        """Let the registry change, then serve by it."""
+        self._residency.publish(await asyncio.to_thread(change))
+        return self.live.snapshot
+
+    async def _take_in(self, wanted: Wanted, upload: Upload, bundle: Bundle) -> Registered:
+        wanted.check(self.live.snapshot.desired)
+        snapshot, key = self.live.snapshot, (wanted.task, wanted.version)
         known = snapshot.desired.records.get(key)
         if known is not None and known.digest != bundle.digest:
             raise ConflictError(
-                f"version {manifest.version} of {manifest.task} exists with another digest",
+                f"version {wanted.version} of {wanted.task} exists with another digest",
                 code="version_exists",
             )
-        if known is not None and key in snapshot.residents:
-            if activate and snapshot.desired.live.get(manifest.task) != manifest.version:
-                await self._activate(*key)
-            return Registered(known, created=False)
-        record = known or VersionRecord(*key, bundle.digest, now())
+        if known is not None and key not in snapshot.failed:
+            if wanted.activate:
+                snapshot = await self._set_alias(key, LIVE, wanted.if_match)
+            return Registered(known, created=False, snapshot=snapshot)
+        record = known or VersionRecord(*key, bundle.digest, now(), upload.size_bytes)
         await asyncio.to_thread(self._store.keep, upload, bundle.digest)
         self._on_step("stored")
-        await self._admit_and_commit(record, bundle, new=known is None, activate=activate)
-        return Registered(record, created=known is None)
+        await self._admit_and_commit(record, bundle, wanted, new=known is None)
+        return Registered(record, created=known is None, snapshot=self.live.snapshot)
 
     async def _admit_and_commit(
-        self, record: VersionRecord, bundle: Bundle, *, new: bool, activate: bool
+        self, record: VersionRecord, bundle: Bundle, wanted: Wanted, *, new: bool
     ) -> None:
         """Device first, registry second, memory last; undone in reverse if a step is refused."""
         try:
             resident = await self._residency.admit(record, bundle)
             self._on_step("admitted")
             try:
-                desired = await self._committed(record, new=new, activate=activate)
+                desired = await asyncio.to_thread(self._committed, record, wanted, new=new)
             except BaseException:
                 self._residency.discard(resident)
                 raise
         except BaseException:
             if new:
-                self._store.remove(record.digest)
+                await self._remove(record.digest)
             raise
         self._on_step("committed")
         self._residency.publish(desired, resident)
         self._on_step("published")
 
-    async def _committed(self, record: VersionRecord, *, new: bool, activate: bool) -> Desired:
+    def _committed(self, record: VersionRecord, wanted: Wanted, *, new: bool) -> Desired:
+        task, version, if_match = record.task, record.version, wanted.if_match
         if new:
-            return await asyncio.to_thread(self._registry.register, record, activate=activate)
-        if activate:
-            return await asyncio.to_thread(
-                self._registry.set_alias, record.task, LIVE, record.version
-            )
-        return self.live.snapshot.desired
+            return self._registry.register(record, activate=wanted.activate, if_match=if_match)
+        if wanted.activate:
+            return self._registry.set_alias(task, LIVE, version, if_match=if_match)
+        return self._registry.read()
 
-    async def _activate(self, task: str, version: str) -> None:
-        desired = await asyncio.to_thread(self._registry.set_alias, task, LIVE, version)
-        self._residency.publish(desired)
+    async def _set_alias(self, key: Key, alias: str, if_match: IfMatch | None) -> Snapshot:
+        task, version = key
+        return await self._promise(
+            key,
+            if_match,
+            lambda: self._registry.set_alias(task, alias, version, if_match=if_match),
+        )
 
-    async def _drop(self, desired: Desired) -> None:
+    async def _rollback(self, task: str, if_match: IfMatch | None) -> Snapshot:
+        previous = self.live.snapshot.desired.previous.get(task, "")
+        return await self._promise(
+            (task, previous), if_match, lambda: self._registry.rollback(task, if_match=if_match)
+        )
+
+    async def _promise(
+        self, key: Key, if_match: IfMatch | None, change: Callable[[], Desired]
+    ) -> Snapshot:
+        """Have a version on the device before the registry promises it, and until it has."""
+        desired = self.live.snapshot.desired
+        if key not in desired.records:  # the registry says what is missing
+            return await self._apply(change)
+        if if_match is not None:
+            if_match.check(key[0], desired.changed.get(key[0]))
+        async with self._residency.holding(key, again=True):
+            return await self._apply(change)
+
+    async def _drop(self, change: Callable[[], Desired]) -> Snapshot:
         """Serve no more what the registry has no more."""
-        before = self.live.snapshot.desired.records
-        self._residency.publish(desired)
-        for key in before.keys() - desired.records.keys():
-            await asyncio.to_thread(self._store.remove, before[key].digest)
+        before = self.live.snapshot.desired
+        after = await self._apply(change)
+        for task in before.tasks.keys() - after.desired.tasks.keys():
+            self._metrics.forget_task(task)
+        for key in before.records.keys() - after.desired.records.keys():
+            await self._remove(before.records[key].digest)
+        return after
+
+    async def _remove(self, digest: str) -> None:
+        """Forget bytes that no record names; what cannot be removed now goes at the next start."""
+        try:
+            await asyncio.to_thread(self._store.remove, digest)
+        except StorageError as error:
+            log.warning("a bundle that is not needed any more stays: %s", error)
 
 
-def _check_names(bundle: Bundle, task: str, version: str) -> None:
-    meant, given = f"{task}@{version}", f"{bundle.manifest.task}@{bundle.manifest.version}"
+def _check_names(bundle: Bundle, wanted: Wanted) -> None:
+    meant = f"{wanted.task}@{wanted.version}"
+    given = f"{bundle.manifest.task}@{bundle.manifest.version}"
     if meant != given:
         raise RequestError(f"the bundle is {given}, not {meant}", code="name_mismatch")
-    if task in RESERVED_NAMES:
-        raise RequestError(f"no task can be called {task}", code="reserved_name")
+    if wanted.task in RESERVED_NAMES:
+        raise RequestError(f"no task can be called {wanted.task}", code="reserved_name")

@@ -20,6 +20,7 @@ import torch
 from medley.backbone import Backbone
 from service.app import create_app
 from service.settings import Settings
+from service.tasks import Wanted
 from tests.models import tiny_backbone
 
 
@@ -38,7 +39,8 @@ async def register_both(
     async with app.router.lifespan_context(app):
         for version, bundle in enumerate(bundles, 1):
             tasks = app.state.service.tasks
-            await tasks.register("pets", str(version), chunks(bundle), activate=True)
+            started = await tasks.receive(Wanted("pets", str(version)), chunks(bundle))
+            assert await started.result(60) is not None
     return list(dict.fromkeys(steps))
 
 

@@ -76,7 +76,7 @@ def test_every_answer_under_many_swaps_is_exactly_that_of_the_version_it_names(
 
     with asking(server, ask, clients=3) as answers:
         for _ in range(6):
-            http.put("/v1/tasks/swap/live", json={"version": "1"}).raise_for_status()
+            http.put("/v1/tasks/swap/aliases/live", json={"version": "1"}).raise_for_status()
             http.delete("/v1/tasks/swap/versions/2").raise_for_status()
             put(http, second, "swap", "2").raise_for_status()
             http.post("/v1/tasks/swap:rollback").raise_for_status()
