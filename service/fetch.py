@@ -194,7 +194,7 @@ def _target(url: httpx.URL) -> httpcore.URL:
 
 
 def _redirected(url: httpx.URL, response: httpcore.Response) -> httpx.URL:
-    location = dict(response.headers).get(b"location")
+    location = httpx.Headers(response.headers).get("location")
     if response.status not in _REDIRECTS or location is None:
         raise FetchError(f"the URL answers with status {response.status}")
-    return url.join(location.decode("latin-1"))
+    return url.join(location)
