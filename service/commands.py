@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from service.bench.command import bench_commands
+
 __all__ = ["commands"]
 
 commands = typer.Typer(no_args_is_help=True)
 task_commands = typer.Typer(no_args_is_help=True, help="List and change what a server serves.")
 commands.add_typer(task_commands, name="task")
+commands.add_typer(bench_commands, name="bench")
 out, err = Console(), Console(stderr=True)
 BATCH = 16  # images per request
 
@@ -130,7 +133,7 @@ def register(
 def activate(task: str, version: str, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Make a registered version live."""
     with _one_line_errors(), _client(url, key) as client:
-        answer = client.set_live(task, version)
+        answer = client.set_alias(task, "live", version)
     out.print(f"{answer.task}: live is {answer.live}")
 
 

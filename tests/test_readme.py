@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from typer.core import TyperGroup
-from typer.main import get_command
 
 from medley.cli import build
 
@@ -24,7 +23,7 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.mark.parametrize(("page", "line"), SHOWN)
 def test_a_command_that_is_shown_exists_with_its_options(page: Path, line: str) -> None:
-    command = get_command(build())
+    command: object = build()
     words = re.sub(r"[\[\]]", "", line.partition("#")[0]).split()
     while isinstance(command, TyperGroup):
         assert words[0] in command.commands, f"{page}: no command {words[0]}"

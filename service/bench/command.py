@@ -1,0 +1,119 @@
+"""`medley bench serve`. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["bench_commands"]
+
+bench_commands = typer.Typer(no_args_is_help=True, help="Measure learning, and speed.")
+out, err = Console(), Console(stderr=True)
+NEEDED = ("locust", "matplotlib", "psutil")
+
+
+class PrecisionName(StrEnum):
+    """How the image tower computes."""
+
+    EXACT = "exact"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@bench_commands.callback()
+def bench() -> None:
+    """Measure learning, and speed."""
+
+
+@bench_commands.command()
+def serve(
+    folder: Annotated[Path, typer.Option("--out", help="Folder of lines, report and pictures.")],
+    backbone: Annotated[str, typer.Option(help="What is served.")] = "medley-mini",
+    weights: Annotated[Path | None, typer.Option(help="File of its weights.")] = None,
+    buckets: Annotated[str, typer.Option(help="Images of a forward, as MEDLEY_BUCKETS.")] = "1",
+    precision: Annotated[PrecisionName, typer.Option(help="Of the tower.")] = PrecisionName.EXACT,
+    threads: Annotated[int, typer.Option(min=0, help="Of torch, as MEDLEY_THREADS.")] = 0,
+    infinity: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with infinity_emb, to be compared with."),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A minute, to see that it works.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Measure nothing: the report again.")
+    ] = False,
+) -> None:
+    """A server under open-loop load from another process, beside a bare loop and infinity."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        _fail(f"{', '.join(missing)} not found; install medley-clip[bench]")
+    from service.bench.report import write_report
+
+    if not report_only:
+        _measure(
+            folder,
+            backbone=backbone,
+            weights=weights,
+            buckets=buckets,
+            precision=precision,
+            threads=threads,
+            infinity=infinity,
+            quick=quick,
+        )
+    write_report(folder)
+    out.print(f"{folder / 'report.md'}", soft_wrap=True, highlight=False)
+
+
+def _measure(
+    folder: Path,
+    *,
+    backbone: str,
+    weights: Path | None,
+    buckets: str,
+    precision: PrecisionName,
+    threads: int,
+    infinity: Path | None,
+    quick: bool,
+) -> None:
+    import torch
+    from rich.progress import Progress
+
+    from medley.journal import Journal
+    from medley.machine import run_of
+    from service.bench.cells import FULL, QUICK
+    from service.bench.load import LoadError
+    from service.bench.run import measure, steps_of
+    from service.bench.served import Served
+
+    served = Served(
+        backbone=backbone,
+        weights=weights,
+        buckets=tuple(int(size) for size in buckets.split(",")),
+        precision=precision.value,
+        threads=threads,
+    )
+    plan = QUICK if quick else FULL
+    run = run_of(torch.device("cpu"), packages=("locust", "uvicorn", "fastapi"))
+    err.print(f"{run.machine}; {run.versions}", highlight=False)
+    with Progress(console=err) as progress:
+        bar = progress.add_task("serve", total=steps_of(plan, infinity=infinity is not None))
+        try:
+            measure(
+                Journal(folder, run),
+                plan,
+                served,
+                infinity=infinity,
+                on_step=lambda count: progress.advance(bar, count),
+            )
+        except LoadError as error:
+            progress.stop()
+            _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    err.print(f"medley: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
