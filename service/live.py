@@ -2,16 +2,16 @@
 
 A request takes a lease on the snapshot of the moment and keeps it to the end, so a swap never
 changes a request in flight (docs/adr/0004). A path leaves the device when no snapshot that has it
-is leased any more. Used by the event loop's thread only; knows nothing of the model.
+is leased any more, never sooner. Used by the event loop's thread only; knows nothing of the model.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Literal
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from service.errors import NotFoundError, UnavailableError
 from service.registry import Desired, VersionRecord
 
-__all__ = ["Key", "LabelSet", "Live", "Resident", "Snapshot"]
+__all__ = ["Key", "LabelSet", "Leaving", "Live", "Resident", "Snapshot", "Tier"]
 
 Key = tuple[str, str]  # task, version
+Tier = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Resident:
     own: LabelSet  # its classes, as its bundle has them
     zero_shot: LabelSet  # its classes, encoded by the untouched text tower
     threshold: float
+    size_bytes: int = 0  # of its experts and its selector, shared ones included
+
+    @property
+    def key(self) -> Key:
+        """Task and version."""
+        return self.record.task, self.record.version
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Snapshot:
 
     desired: Desired = field(default_factory=Desired)
     residents: dict[Key, Resident] = field(default_factory=dict)
-    failed: dict[Key, str] = field(default_factory=dict)  # why a version is not resident
+    failed: dict[Key, str] = field(default_factory=dict)  # why a version cannot be resident
+    hosted: frozenset[str] = frozenset()  # digests that are ready in memory, resident or not
 
     @cached_property
     def live(self) -> dict[str, Resident]:
@@ -87,59 +95,112 @@ class Snapshot:
         names, features = zip(*rows.values(), strict=True)
         return LabelSet("union", names, torch.stack(features))
 
-    def find(self, task: str, version: str | None = None) -> Resident:
-        """The version of a task that is meant; the live one if none is named.
+    def key(self, task: str, name: str | None = None) -> Key:
+        """The version of a task that a name means: a version, an alias, or None for the live one.
 
         Raises:
             NotFoundError: no such task or version, or none is live.
-            UnavailableError: it is registered but could not be loaded here.
         """
         if task not in self.desired.tasks:
             raise NotFoundError(f"no task {task}", code="unknown_task")
-        version = self.desired.live.get(task) if version is None else version
+        version = self.desired.live.get(task) if name is None else name
         if version is None:
             raise NotFoundError(f"no version of {task} is live", code="no_live_version")
-        if (task, version) not in self.desired.records:
-            raise NotFoundError(f"no version {version} of {task}", code="unknown_version")
-        resident = self.residents.get((task, version))
-        if resident is None:
-            raise UnavailableError(f"{task}@{version} could not be loaded", code="version_failed")
-        return resident
+        key = (task, self.desired.aliases.get(task, {}).get(version, version))
+        if key not in self.desired.records:
+            raise NotFoundError(f"{task} has no version or alias {name}", code="unknown_version")
+        return key
+
+    def key_of(self, model: str) -> Key | None:
+        """The version that `task`, `task@version` or `task@alias` means; None: `auto` or `base`.
+
+        Raises:
+            NotFoundError: as for `key`.
+        """
+        if model in ("auto", "base"):
+            return None
+        task, at, name = model.partition("@")
+        return self.key(task, name if at else None)
+
+    def find(self, task: str, name: str | None = None) -> Resident:
+        """The version that `key` says, which must be on the device: see `Residency.lease`.
+
+        Raises:
+            NotFoundError: as for `key`.
+            UnavailableError: it is not on the device, or cannot be.
+        """
+        key = self.key(task, name)
+        if key in self.residents:
+            return self.residents[key]
+        at = "@".join(key)
+        if key in self.failed:
+            raise UnavailableError(f"{at} could not be loaded", code="version_failed")
+        raise UnavailableError(f"{at} is not on the device now", code="version_unloaded")
+
+    def tier(self, key: Key) -> Tier:
+        """Where a registered version is: ready to answer, ready in memory, or a file only."""
+        if key in self.residents:
+            return "device"
+        return "host" if self.desired.records[key].digest in self.hosted else "disk"
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A path that no new request is given; it is freed after the last lease on `serial`."""
+
+    path: int
+    serial: int  # of the last snapshot that had it
 
 
 class Live:
-    """The current snapshot and who still uses older ones."""
+    """The current snapshot and who still uses older ones; `unload` hears of paths to be freed."""
 
     def __init__(self, unload: Callable[[int], object]) -> None:
         self.snapshot = Snapshot()
+        self.leaving: tuple[Leaving, ...] = ()
         self._unload = unload
         self._serial = 0
-        self._leases: Counter[int] = Counter()  # by serial of the snapshot
-        self._leaving: list[tuple[int, int]] = []  # serial of the last snapshot with it, path
+        self._tokens = count()
+        self._leases: dict[int, tuple[int, str]] = {}  # token: serial of the snapshot, holder
 
     @contextmanager
-    def lease(self) -> Iterator[Snapshot]:
-        """Use the snapshot of now; the only place where a lease begins and ends."""
-        serial, snapshot = self._serial, self.snapshot
-        self._leases[serial] += 1
+    def lease(self, holder: str = "") -> Iterator[Snapshot]:
+        """Use the snapshot of now; the only place where a lease begins and ends.
+
+        Args:
+            holder: who takes it, for the log: the request's id.
+        """
+        token = next(self._tokens)
+        self._leases[token] = (self._serial, holder)
         try:
-            yield snapshot
+            yield self.snapshot
         finally:
-            self._leases[serial] -= 1
+            del self._leases[token]
             self._release()
 
-    def publish(self, snapshot: Snapshot) -> None:
-        """Flip: new requests see `snapshot`; paths it lacks leave after their last use."""
+    def publish(self, snapshot: Snapshot) -> tuple[Leaving, ...]:
+        """Flip: new requests see `snapshot`; paths it lacks leave after their last use.
+
+        Returns:
+            those of them that somebody still uses.
+        """
         gone = self.snapshot.by_path.keys() - snapshot.by_path.keys()
-        self._leaving += [(self._serial, path) for path in sorted(gone)]
+        leaving = tuple(Leaving(path, self._serial) for path in sorted(gone))
+        self.leaving += leaving
         self.snapshot = snapshot
         self._serial += 1
         self._release()
+        return tuple(one for one in leaving if one in self.leaving)
+
+    def holders(self, leaving: Leaving) -> list[str]:
+        """Who keeps a path from being freed, the longest first."""
+        return [holder for serial, holder in self._leases.values() if serial <= leaving.serial]
 
     def _release(self) -> None:
-        self._leases = +self._leases  # drops the serials that nobody holds
-        oldest = min(self._leases, default=self._serial)
-        free = [path for last, path in self._leaving if last < oldest]
-        self._leaving = [(last, path) for last, path in self._leaving if last >= oldest]
-        for path in free:
-            self._unload(path)
+        if not self.leaving:
+            return
+        oldest = min((serial for serial, _ in self._leases.values()), default=self._serial)
+        free = [one for one in self.leaving if one.serial < oldest]
+        self.leaving = tuple(one for one in self.leaving if one.serial >= oldest)
+        for one in free:
+            self._unload(one.path)

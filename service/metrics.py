@@ -26,6 +26,7 @@ __all__ = ["OTHER", "ZERO_SHOT_LABEL", "Metrics", "package_version"]
 ZERO_SHOT_LABEL = "zero_shot"
 OTHER = "other"  # tasks beyond the cap, and such as are gone when their last images are counted
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_AGES_S = (1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MARGINS = (-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10)  # of scores, which are about standard
 
@@ -137,8 +138,17 @@ class Metrics:
         )
         self.bundle_resident = Gauge(
             "medley_bundle_resident",
-            "1 for each version on the device",
-            ["task", "version"],
+            "1 for each version on the device, or ready in memory",
+            ["task", "version", "tier", "pinned"],
+            registry=registry,
+        )
+        self.bundle_bytes = Gauge(
+            "medley_bundle_bytes", "What the versions there take", ["tier"], registry=registry
+        )
+        self.bundle_slots = Gauge(
+            "medley_bundle_slots",
+            "Expert slots of the fullest block of both towers",
+            ["state"],
             registry=registry,
         )
         self.bundle_loads = Counter(
@@ -146,8 +156,23 @@ class Metrics:
         )
         self.bundle_load_s = Histogram(
             "medley_bundle_load_seconds",
-            "Time of one admission, self-test included",
+            "Time of one phase of bringing a version to the device",
+            ["phase"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.bundle_evictions = Counter(
+            "medley_bundle_evictions", "Versions that left for others", registry=registry
+        )
+        self.bundle_age_at_eviction_s = Histogram(
+            "medley_bundle_age_at_eviction_seconds",
+            "How long an evicted version had not been asked for",
+            buckets=_AGES_S,
+            registry=registry,
+        )
+        self.unloads_late = Counter(
+            "medley_unloads_late",
+            "Versions that requests kept on the device for too long",
             registry=registry,
         )
         self.generation = Gauge(

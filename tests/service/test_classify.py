@@ -404,7 +404,8 @@ def test_metrics_count_what_happened(open_app: OpenApp, make: MakeBundle, image:
         assert 'medley_images_total{outcome="ok",route="explicit",task="zero_shot"} 1.0' in text
         assert 'outcome="client_error"' in text
         assert 'medley_router_decisions_total{decision="task"} 1.0' in text
-        assert 'medley_bundle_resident{task="pets",version="1"} 1.0' in text
+        at = 'task="pets",tier="device",version="1"'
+        assert f'medley_bundle_resident{{pinned="false",{at}}} 1.0' in text
         assert 'medley_registry_generation{kind="observed"} 1.0' in text
         assert 'medley_bundle_loads_total{result="ok"} 1.0' in text
         assert "medley_build_info{" in text

@@ -91,6 +91,38 @@ def test_without_live_tasks_there_is_no_union() -> None:
     assert snapshot(resident("a", "1", 0), live={}).union is None
 
 
+def test_who_keeps_a_path_from_leaving_is_known_by_name() -> None:
+    live = Live(unload=lambda path: None)
+    live.publish(snapshot(resident("a", "1", 0), live={"a": "1"}))
+
+    with live.lease("first"), live.lease("second"):
+        (leaving,) = live.publish(snapshot(live={}))
+        with live.lease("third"):
+            assert live.holders(leaving) == ["first", "second"]
+    assert live.leaving == ()
+
+
+def test_a_model_means_a_version_by_its_number_an_alias_or_being_live() -> None:
+    one, two = resident("a", "1", 0), resident("a", "2", 1)
+    aliases = {"a": {"live": "1", "canary": "2"}}
+    shot = Snapshot(Desired(1, (one.record, two.record), aliases), {("a", "1"): one})
+
+    assert [shot.key_of(model) for model in ("auto", "base")] == [None, None]
+    assert shot.key_of("a") == shot.key_of("a@live") == shot.key_of("a@1") == ("a", "1")
+    assert shot.key_of("a@canary") == shot.key_of("a@2") == ("a", "2")
+    for model in ("a@", "a@3", "a@1@2", "b", "b@live", "", "@"):
+        with pytest.raises(NotFoundError):
+            shot.key_of(model)
+
+
+def test_a_version_is_on_the_device_in_memory_or_on_the_disk() -> None:
+    one, two, three = (resident("a", v, int(v)) for v in "123")
+    desired = Desired(1, (one.record, two.record, three.record))
+    shot = Snapshot(desired, {("a", "1"): one}, hosted=frozenset({one.record.digest, "sha256:2"}))
+
+    assert [shot.tier(("a", v)) for v in "123"] == ["device", "host", "disk"]
+
+
 def test_find_tells_what_is_missing() -> None:
     shot = snapshot(resident("a", "1", 0), live={})
     broken = Snapshot(shot.desired, {}, {("a", "1"): "damaged"})
@@ -104,5 +136,8 @@ def test_find_tells_what_is_missing() -> None:
         with pytest.raises(NotFoundError) as caught:
             shot.find(task, version)
         assert caught.value.code == code
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError) as failed:
         broken.find("a", "1")
+    with pytest.raises(UnavailableError) as evicted:
+        Snapshot(shot.desired).find("a", "1")
+    assert (failed.value.code, evicted.value.code) == ("version_failed", "version_unloaded")
