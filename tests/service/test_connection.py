@@ -1,6 +1,7 @@
 """What a connection may take before there is a request: bytes, headers, time, a place."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -31,7 +32,7 @@ def strict(
     [
         b"GET /livez HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(21)) + b"\r\n",
         b"GET /livez HTTP/1.1\r\nX: " + 3000 * b"y" + b"\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\n" + b"".join(b"X-%d: %0600d\r\n" % (n, n) for n in range(4)),
+        b"GET /livez HTTP/1.1\r\n" + b"".join(b"X-%d: %0600d\r\n" % (n, n) for n in range(6)),
         b"GET /livez?" + 3000 * b"y" + b" HTTP/1.1\r\n\r\n",
     ],
     ids=["too many", "one too long", "too long together", "request line"],
@@ -95,30 +96,28 @@ def test_a_connection_with_nothing_to_ask_is_closed(strict: ServerProcess) -> No
 def test_a_new_connection_takes_the_place_of_the_one_that_is_idle_for_longest(
     strict: ServerProcess,
 ) -> None:
-    held = [Raw(strict.url) for _ in range(8)]
-    held[0].send(b"GET /livez HTT")  # a slow client is idle too
-    assert held[1].ask(GET).status == 200
-    with Raw(strict.url) as another:
+    with ExitStack() as stack:
+        held = [stack.enter_context(Raw(strict.url)) for _ in range(8)]
+        assert held[0].ask(GET).status == 200
+        held[1].send(b"GET /livez HTT")
+        another = stack.enter_context(Raw(strict.url))
         assert another.ask(GET).status == 200
-    assert held[1].ask(GET).status == 200
-    assert sum(raw.is_closed() for raw in held) >= 1
-    for raw in held:
-        raw.close()
+        assert held[2].is_closed()
+        assert held[0].ask(GET).status == 200
 
 
 def test_nobody_who_is_answered_loses_the_place(strict: ServerProcess) -> None:
     body = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-    held = [Raw(strict.url) for _ in range(8)]
-    for raw in held:
-        raw.send(body + b"Content-Length: 10\r\n\r\n")
-        raw.send(b"12345")
-    with Raw(strict.url) as another:
-        answer = another.answer()
+    with ExitStack() as stack:
+        held = [stack.enter_context(Raw(strict.url)) for _ in range(8)]
+        for raw in held:
+            raw.send(body + b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n")
+            assert raw.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"  # it is being read
+        answer = stack.enter_context(Raw(strict.url)).answer()
         assert (answer.status, answer.json()["code"]) == (503, "too_many_connections")
         assert answer.headers["retry-after"] == "1"
-    for raw in held:
-        assert raw.ask(b"67890").status == 415
-        raw.close()
+        for raw in held:
+            assert raw.ask(b"1234567890").status == 422  # no task is live
 
 
 @pytest.mark.parametrize(
