@@ -181,7 +181,7 @@ async def _start(
         stack.push_async_callback(fetching.close)
     inference = Inference(
         engine=engine,
-        live=residency.live,
+        residency=residency,
         decoding=decoding,
         fetching=fetching,
         room=Room(settings.max_inflight_images, "images"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -21,8 +21,8 @@ from service.engine import Answer, Engine
 from service.errors import DeadlineError, FetchError, QueueFullError
 from service.fetch import Fetching
 from service.intake import ImageSource, Url
-from service.live import Live
 from service.planning import Plan, make_plan
+from service.residency import Residency
 from service.room import Room
 from service.signals import Became, Signals
 
@@ -56,7 +56,7 @@ class Inference:
         self,
         *,
         engine: Engine,
-        live: Live,
+        residency: Residency,
         decoding: Decoding,
         fetching: Fetching | None,
         room: Room,
@@ -66,14 +66,14 @@ class Inference:
 
         Args:
             engine: owns the model.
-            live: what is served.
+            residency: what is served, and what can be brought.
             decoding: files to pixels.
             fetching: URLs to files; without it they are refused.
             room: for images that have been taken in and are not yet answered.
             signals: hear what became of them.
         """
         self._engine = engine
-        self._live = live
+        self._residency = residency
         self._decoding = decoding
         self._fetching = fetching
         self._room = room
@@ -85,10 +85,17 @@ class Inference:
     ) -> AsyncIterator[Plan]:
         """Decide what to ask, and keep what is asked loaded until the `with` block ends.
 
+        A version that is not on the device is brought there first.
+
         Raises:
-            NotFoundError, UnavailableError: the model cannot be had.
+            NotFoundError, UnavailableError, CapacityError: the model cannot be had.
+            DeadlineError: it cannot be had in time.
         """
-        with self._live.lease() as snapshot:
+        key = self._residency.live.snapshot.key_of(model)
+        async with AsyncExitStack() as stack:
+            async with call.in_time():
+                lease = self._residency.lease(key, holder=call.request_id)
+                snapshot = await stack.enter_async_context(lease)
             yield make_plan(snapshot, model, labels)
 
     async def run(

@@ -33,7 +33,7 @@ def make_plan(snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = N
 
     Args:
         snapshot: what is served.
-        model: `auto`, `base`, a task, or `task@version`.
+        model: `auto`, `base`, a task, `task@version` or `task@alias`.
         labels: those that the request chooses among, if it brings any.
 
     Raises:
@@ -46,8 +46,8 @@ def make_plan(snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = N
         return Plan(snapshot, Ask(eligible=_eligible(snapshot, labels)), "auto", model)
     if model == "base":
         return Plan(snapshot, Ask(path=ZERO_SHOT), "explicit", model)
-    task, at, version = model.partition("@")
-    resident = snapshot.find(task, version if at else None)
+    task, at, name = model.partition("@")
+    resident = snapshot.find(task, name if at else None)
     return Plan(snapshot, Ask(path=resident.path), "explicit", task)
 
 

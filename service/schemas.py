@@ -32,7 +32,7 @@ class ClassifyOptions(BaseModel):
         default="auto",
         min_length=1,
         max_length=200,
-        description="`auto`, `base`, a task, or `task@version`",
+        description="`auto`, `base`, a task, `task@version` or `task@alias`",
     )
     labels: list[Label] | None = Field(
         default=None, description="Choose among these instead of a task's"
