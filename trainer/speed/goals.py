@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from medley.journal import Measurement
 from medley.markdown import table
+from medley.rows import Quartiles, Row, rows_of
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.checks import right
 from trainer.speed.scoring import FORWARD, tasks_column
-from trainer.speed.summary import Quartiles, Row, rows_of
 from trainer.speed.swapping import LEAK
 from trainer.speed.towers import FROZEN, MANY, MIXED, ONE_OF_MANY
 

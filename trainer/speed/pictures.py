@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from medley.journal import Measurement
+from medley.rows import Row, rows_of
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.goals import DDAS_PERCENT, EXPERTS_PERCENT
 from trainer.speed.mixing import ROUTER
 from trainer.speed.scoring import FORWARD
-from trainer.speed.summary import Row, rows_of
 from trainer.speed.swapping import THROUGHPUT
 from trainer.speed.towers import FROZEN
 

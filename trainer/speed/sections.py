@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from medley.journal import Measurement
 from medley.markdown import NOTHING, table
+from medley.rows import Quartiles, Row, rows_of
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.checks import right
 from trainer.speed.mixing import PREDICTED_US, ROUTER
 from trainer.speed.scoring import FORWARD
-from trainer.speed.summary import Quartiles, Row, rows_of
 from trainer.speed.swapping import LEAK, PARTS, THROUGHPUT
 from trainer.speed.towers import FROZEN, OPEN_CLIP
 

@@ -4,10 +4,10 @@ import pytest
 
 from medley.errors import DataError
 from medley.journal import FILE, Journal, read_lines
+from medley.rows import rows_of
 from tests.trainer.speed.made_up import RUN, lines
 from trainer.speed.goals import goals_of
 from trainer.speed.report import REPORT, write_report, write_summary
-from trainer.speed.summary import rows_of
 
 
 def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:

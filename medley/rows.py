@@ -1,4 +1,4 @@
-"""Lines put together to rows, and what they come to: medians, spreads, ratios within rounds."""
+"""Lines of a journal put together to rows, and what they come to: medians, ratios within rounds."""
 
 from __future__ import annotations
 
