@@ -30,6 +30,7 @@ from service.lifecycle import Lifecycle
 from service.loading import Loader
 from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
+from service.overlap import Overlap
 from service.registry import LocalRegistry
 from service.residency import Residency
 from service.room import Room
@@ -154,6 +155,7 @@ async def _start(
         store=store,
         sources=Sources(settings.bundle_sources, timeout_s=settings.upload_timeout_s),
         residency=residency,
+        overlap=Overlap(engine=engine, live=residency.live, bundle=store.path, metrics=metrics),
         metrics=metrics,
         max_bundle_bytes=settings.max_bundle_bytes,
         on_step=on_step,

@@ -175,6 +175,11 @@ class Metrics:
             "Versions that requests kept on the device for too long",
             registry=registry,
         )
+        self.overlap_warnings = Counter(
+            "medley_overlap_warnings",
+            "Tasks that a registered version was found to overlap with",
+            registry=registry,
+        )
         self.generation = Gauge(
             "medley_registry_generation",
             "Generation of the registry, desired and observed",

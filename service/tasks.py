@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from medley.bundle import Bundle
 from service.errors import ConflictError, PreconditionError, RequestError, StorageError
 from service.live import Key, Live, Snapshot
-from service.metrics import Metrics
+from service.metrics import OTHER, ZERO_SHOT_LABEL, Metrics
 from service.operations import Operations, Started
+from service.overlap import Overlap
 from service.registry import LIVE, Desired, IfMatch, Registry, VersionRecord, now
 from service.residency import Residency
 from service.sources import Sources
@@ -27,7 +28,7 @@ from service.store import BundleStore, Upload
 __all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Wanted"]
 
 log = logging.getLogger(__name__)
-RESERVED_NAMES = frozenset({"auto", "base"})
+RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, OTHER})  # models, and metrics' own
 T = TypeVar("T")
 
 
@@ -42,7 +43,14 @@ class Wanted:
     only_new: bool = False  # not even the very same bundle may be there
 
     def check(self, desired: Desired) -> None:
-        """Raise PreconditionError if its conditions do not hold."""
+        """Tell before the first byte what can be told.
+
+        Raises:
+            RequestError: no task can be called so.
+            PreconditionError: a condition does not hold.
+        """
+        if self.task in RESERVED_NAMES:
+            raise RequestError(f"no task can be called {self.task}", code="reserved_name")
         if self.if_match is not None:
             self.if_match.check(self.task, desired.changed.get(self.task))
         if self.only_new and (self.task, self.version) in desired.records:
@@ -73,6 +81,7 @@ class Tasks:
         store: BundleStore,
         sources: Sources,
         residency: Residency,
+        overlap: Overlap,
         metrics: Metrics,
         max_bundle_bytes: int,
         on_step: Callable[[str], None] = lambda step: None,
@@ -81,6 +90,7 @@ class Tasks:
         self._store = store
         self._sources = sources
         self._residency = residency
+        self._overlap = overlap
         self._metrics = metrics
         self._max_bundle_bytes = max_bundle_bytes
         self._on_step = on_step
@@ -112,7 +122,7 @@ class Tasks:
             ConflictError: that version exists with another digest.
 
         Raises:
-            PreconditionError: a condition does not hold; told before the first byte.
+            RequestError, PreconditionError: see `Wanted.check`.
             PayloadError, StorageError: too large, or the disk does not take it.
         """
         wanted.check(self.live.snapshot.desired)
@@ -132,7 +142,7 @@ class Tasks:
 
         Raises:
             AccessError, RequestError: this source may not be fetched.
-            PreconditionError: a condition does not hold.
+            RequestError, PreconditionError: see `Wanted.check`.
         """
         self._sources.check(source)
         wanted.check(self.live.snapshot.desired)
@@ -219,7 +229,13 @@ class Tasks:
                 bundle = await asyncio.to_thread(self._residency.read, upload.path)
                 _check_names(bundle, wanted)
                 self._on_step("verified")
-                return await self._change(self._take_in(wanted, upload, bundle))
+                registered = await self._change(self._take_in(wanted, upload, bundle))
+        if not registered.created:
+            return registered
+        pixels_NCHW = bundle.tensors["self_test.pixels"]
+        del bundle  # the next may be verified, and is in memory then
+        warnings = await self._overlap.warnings((wanted.task, wanted.version), pixels_NCHW)
+        return replace(registered, warnings=warnings)
 
     async def _change(self, change: Coroutine[Any, Any, T]) -> T:
         """Make one change, alone and whole: stopped half way it would leave memory behind."""
@@ -337,5 +353,3 @@ def _check_names(bundle: Bundle, wanted: Wanted) -> None:
     given = f"{bundle.manifest.task}@{bundle.manifest.version}"
     if meant != given:
         raise RequestError(f"the bundle is {given}, not {meant}", code="name_mismatch")
-    if wanted.task in RESERVED_NAMES:
-        raise RequestError(f"no task can be called {wanted.task}", code="reserved_name")
