@@ -201,6 +201,6 @@ def _request_errors() -> Iterator[None]:
         yield
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
-        if any(e["type"] == "json_invalid" for e in problems):
+        if any(e["type"] == "json_invalid" and not e["loc"] for e in problems):
             raise SyntaxProblemError("the body is not JSON") from None
         raise field_errors(problems) from None

@@ -94,11 +94,11 @@ def _openai(fields: dict[str, Any]) -> dict[str, Any]:
     usual = (
         "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     )
-    errors = fields.get("errors", ())
+    where = fields["errors"][0]["where"] if "errors" in fields else ""
     return {
         "message": fields["detail"],
         "type": _OPENAI_TYPES.get(status, usual),
-        "param": errors[0]["where"] or None if errors else None,
+        "param": where.removeprefix("query.").partition(".")[0] or None,
         "code": fields["code"],
     }
 

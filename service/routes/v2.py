@@ -168,7 +168,7 @@ async def unload(model: str, request: Request, service: CurrentService) -> dict[
     snapshot = service.tasks.live.snapshot
     key = snapshot.key_of(model)
     if key is None:
-        raise ConflictError(f"{model} is always there", code="version_live")
+        raise ConflictError(f"{model} is always there", code="version_in_use")
     service.residency.unload(key)
     return {}
 
