@@ -1,0 +1,1 @@
+"""Experiments that decided how the server works; run as modules, not part of it."""
