@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from medley.backbone import Backbone
 from service.bodies import Bodies
 from service.classification import Classification
 from service.engine import Engine
-from service.errors import AccessError, UnavailableError
+from service.errors import UnavailableError
 from service.inference import Inference
 from service.labels import LabelCache
 from service.metrics import Metrics
@@ -20,7 +19,7 @@ from service.residency import Residency
 from service.settings import Settings
 from service.tasks import Tasks
 
-__all__ = ["CurrentService", "Service", "may_change", "service_of"]
+__all__ = ["CurrentService", "Service", "service_of"]
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,3 @@ def service_of(request: Request) -> Service:
 
 
 CurrentService = Annotated[Service, Depends(service_of)]
-
-
-def may_change(request: Request, service: CurrentService) -> None:
-    """Let a change pass: with the key if there is one, else on a loopback host only.
-
-    Raises:
-        AccessError: it may not pass.
-    """
-    if not service.settings.changes_allowed:
-        raise AccessError("changes are off: this server has no admin key", code="changes_disabled")
-    key = service.settings.admin_key
-    if key is None:
-        return
-    given = request.headers.get("authorization", "")
-    expected = f"Bearer {key.get_secret_value()}"
-    if not hmac.compare_digest(given.encode(), expected.encode()):
-        raise AccessError("a change needs the admin key as bearer token")

@@ -11,7 +11,7 @@ from tests.service.made import image_bytes
 from tests.service.test_classify import b64, classify
 
 NEVER = -1e9  # a threshold that no image meets
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "pets": {"class_names": ("cat", "dog")},
     "tools": {"class_names": ("hammer", "saw"), "seed": 1},
     "birds": {"class_names": ("owl", "crow"), "seed": 2, "threshold": NEVER},
