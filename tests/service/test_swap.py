@@ -90,6 +90,50 @@ def test_every_answer_under_many_swaps_is_exactly_that_of_the_version_it_names(
     assert seen == {"1", "2"}
 
 
+def test_more_versions_than_there_is_room_for_answer_each_as_itself(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    """Four versions, room for three of which one is live: clients push each other's out."""
+    with open_app(paths=3) as http, ThreadPoolExecutor(4) as pool:
+        expected = {}
+        for version in "1234":
+            data = make(task="crowd", version=version, seed=int(version))[1]
+            query = "?activate=false" if version > "1" else ""
+            http.put(f"/v1/tasks/crowd/versions/{version}{query}", content=data).raise_for_status()
+            answer = classify(http, image, model=f"crowd@{version}", labels=None)
+            expected[version] = answer.json()["results"]
+
+        def ask(version: str) -> httpx.Response:
+            return classify(http, image, model=f"crowd@{version}", labels=None)
+
+        asked = "1234" * 8
+        answers = list(pool.map(ask, asked))
+        metrics = http.get("/metrics").text
+
+    for version, answer in zip(asked, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["results"] == expected[version]
+    assert value_of(metrics, "medley_bundle_evictions_total ") > 4
+
+
+def test_a_version_that_has_left_the_device_is_rolled_back_to(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    with open_app(paths=2) as http:
+        for version in "12":
+            put(http, make(task="back", version=version, seed=int(version))[1], "back", version)
+        other = make(task="guest", seed=5)[1]
+        hidden = http.put("/v1/tasks/guest/versions/1?activate=false", content=other)
+        assert hidden.status_code == 201, hidden.text
+        assert 'task="back",tier="host",version="1"' in http.get("/metrics").text
+
+        http.post("/v1/tasks/back:rollback").raise_for_status()
+        (result,) = classify(http, image, model="back", labels=None).json()["results"]
+
+        assert result["path"]["version"] == "1"
+        assert 'task="guest",tier="host",version="1"' in http.get("/metrics").text
+
+
 def test_a_new_task_does_not_change_an_older_one_by_a_bit(
     open_app: OpenApp, make: MakeBundle, image: bytes
 ) -> None:
