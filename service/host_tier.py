@@ -68,6 +68,10 @@ class HostTier:
         while self.size_bytes > self._max_bytes:
             del self._kept[order.pop(0)]
 
+    def drop(self, digest: str) -> None:
+        """Let go of a version, if it is here."""
+        self._kept.pop(digest, None)
+
     def keep_only(self, digests: Collection[str]) -> None:
         """Let go of what is not among `digests`."""
         for digest in self._kept.keys() - digests:

@@ -60,6 +60,7 @@ class Residency:
         self._used_s: dict[Key, float] = {}  # when each resident was last asked for
         self._held: Counter[Key] = Counter()  # not to be evicted: somebody is about to use it
         self._bringing: dict[Key, asyncio.Task[None]] = {}
+        self._reading = asyncio.Lock()  # one bundle at a time is in memory
         self._room = asyncio.Lock()  # what is freed for one version is not taken by another
         self._freed = asyncio.Event()
         self.live = Live(unload=self._unload)
@@ -205,18 +206,20 @@ class Residency:
     async def _load(self, record: VersionRecord, *, evict: bool) -> None:
         """Bring a registered version to the device and publish it."""
         with self._counted():
-            prepared = self._host.get(record.digest)
-            if prepared is None:
-                bundle = await asyncio.to_thread(self._loader.read, self._store.path(record.digest))
-                if bundle.digest != record.digest:
-                    raise BundleError(["the bundle in the store is another one"], code="damaged")
-                prepared = await self._loader.prepare(bundle)
+            prepared = self._host.get(record.digest) or await self._from_disk(record)
             resident = await self._admit(record, prepared, evict=evict)
         desired = self.live.snapshot.desired
         if not _wanted(resident, desired):
             self.discard(resident)
             raise NotFoundError(f"no version {record.version} of {record.task} any more")
         self.publish(desired, resident)
+
+    async def _from_disk(self, record: VersionRecord) -> Prepared:
+        async with self._reading:
+            bundle = await asyncio.to_thread(self._loader.read, self._store.path(record.digest))
+            if bundle.digest != record.digest:
+                raise BundleError(["the bundle in the store is another one"], code="damaged")
+            return await self._loader.prepare(bundle)
 
     def _fail(self, record: VersionRecord, error: MedleyError) -> None:
         """Remember that a version cannot be served, unless it is gone."""
@@ -226,15 +229,21 @@ class Residency:
         self._flip(snapshot.desired, snapshot.residents, failed)
 
     async def _admit(self, record: VersionRecord, prepared: Prepared, *, evict: bool) -> Resident:
-        """Load what is prepared, if need be in the place of others; and keep it ready."""
+        """Load what is prepared, if need be in the place of others.
+
+        It is kept ready even if there is no room now: asking again must not cost a file each time.
+        """
+        here = {one.record.digest for one in self.live.snapshot.residents.values()}
+        self._host.put(record.digest, prepared, on_device=here | {record.digest})
         async with self._room:
             if evict:
                 await self._make_room(prepared.packed.task)
-            path = await self._loader.load(prepared)
-        resident = _resident(record, path, prepared)
-        here = {one.record.digest for one in self.live.snapshot.residents.values()}
-        self._host.put(record.digest, prepared, on_device=here | {record.digest})
-        return resident
+            try:
+                path = await self._loader.load(prepared)
+            except BundleError:
+                self._host.drop(record.digest)
+                raise
+        return _resident(record, path, prepared)
 
     async def _make_room(self, task: PackedTask) -> None:
         """Evict as few of the least recently used as make room, and wait until they are gone.

@@ -115,6 +115,8 @@ def test_what_is_live_named_or_pinned_never_leaves(
         with pytest.raises(CapacityError, match="all 2 paths are taken"):
             await here.register(made[C][1])
         assert here.residency.live.snapshot is before
+        await here.settled()
+        assert len(here.model.paths) == 2
 
         here.pin()
         here.want(replace(here.desired, aliases={}))
@@ -255,6 +257,23 @@ def test_another_bundle_in_a_versions_file_is_not_served(
             await here.ask(A)
 
     play(story, max_host_bytes=0)
+
+
+def test_who_asks_in_vain_for_room_costs_one_reading_of_the_file(
+    play: Callable[..., None], made: dict[Key, Made]
+) -> None:
+    async def story(here: Residence) -> None:
+        for key in (A, B):
+            await here.register(made[key][1], live=True)
+        here.keep(*made[C])
+        here.want(replace(here.desired, versions=(*here.desired.versions, record_of(made[C]))))
+        for _ in range(3):
+            with pytest.raises(CapacityError):
+                await here.residency.bring(C)
+        assert here.metric("medley_bundle_load_seconds_count", phase="verify") == 1
+        assert here.on_device == {"a@1", "b@1"}
+
+    play(story)
 
 
 def test_a_version_deleted_while_it_is_brought_leaves_nothing_behind(
