@@ -124,7 +124,8 @@ def _copy(source: str, upload: Upload, given_up: threading.Event) -> None:
     with files.open(path, "rb", block_size=CHUNK_BYTES) as file:
         while not given_up.is_set() and (chunk := file.read(CHUNK_BYTES)):
             upload.write(chunk)
-    upload.finish()
+    if not given_up.is_set():
+        upload.finish()
 
 
 async def _in_thread(work: Callable[[], None]) -> None:

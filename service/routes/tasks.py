@@ -36,8 +36,14 @@ __all__ = ["routes"]
 
 routes = APIRouter(prefix="/v1/tasks", tags=["tasks"], responses=PROBLEM_RESPONSES)
 Responses = dict[int | str, dict[str, Any]]
-MAX_SOURCE_BYTES = 64 * 1024  # of a request that names one
+MAX_JSON_BYTES = 64 * 1024
 _JSON, _BYTES = "application/json", "application/octet-stream"
+VERSION_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {_JSON: {"schema": VersionRequest.model_json_schema()}},
+    }
+}
 BUNDLE_BODY = {
     "requestBody": {
         "required": True,
@@ -148,15 +154,18 @@ async def unpin(
     return _changed(snapshot, task)
 
 
-@routes.put("/{task}/aliases/{alias}", response_model=TaskAnswer)
+@routes.put("/{task}/aliases/{alias}", openapi_extra=VERSION_BODY, response_model=TaskAnswer)
 async def set_alias(
     task: str,
     alias: AliasName,
-    wanted: VersionRequest,
+    request: Request,
     service: CurrentService,
     if_match: IfMatchHeader = None,
 ) -> Response:
     """Let an alias name a registered version; the alias `live` makes it live."""
+    if _kind(request) != _JSON:
+        raise MediaTypeError(f"send the version as {_JSON}")
+    wanted = checked(VersionRequest, await _json(request, service.settings))
     snapshot = await service.tasks.set_alias(
         task, alias, wanted.version, if_match=etags.if_match(if_match)
     )
@@ -186,14 +195,21 @@ async def delete_task(task: str, service: CurrentService, if_match: IfMatchHeade
 
 
 async def _start(wanted: Wanted, request: Request, service: Service) -> Started[Registered]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    settings = service.settings
+    kind, settings = _kind(request), service.settings
     if kind == _JSON:
-        body = b"".join([c async for c in _body(request, MAX_SOURCE_BYTES, settings)])
-        return service.tasks.fetch(wanted, checked(SourceRequest, body).source)
+        asked = checked(SourceRequest, await _json(request, settings))
+        return service.tasks.fetch(wanted, asked.source)
     if kind not in ("", _BYTES):
         raise MediaTypeError(f"send the bundle as {_BYTES}, or its source as {_JSON}")
     return await service.tasks.receive(wanted, _body(request, settings.max_bundle_bytes, settings))
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _json(request: Request, settings: Settings) -> bytes:
+    return b"".join([chunk async for chunk in _body(request, MAX_JSON_BYTES, settings)])
 
 
 async def _body(request: Request, max_bytes: int, settings: Settings) -> AsyncIterator[bytes]:
