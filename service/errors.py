@@ -207,6 +207,7 @@ STATUS_OF_CODE = {  # a code that says more than its class
     "too_many_pixels": 413,
     "not_an_image": 415,
     "changes_disabled": 403,
+    "sources_disabled": 403,
     "cross_origin": 403,
 }
 RETRY_AFTER_S = {  # where waiting helps; an error that knows better says so itself
