@@ -145,8 +145,9 @@ def test_a_full_queue_takes_all_images_of_a_request_or_none() -> None:
     with running(model, queue_limit=3) as engine:
         let_go = hold(model, engine)
         kept = engine.submit([image(1), image(2)], Ask())
-        with pytest.raises(QueueFullError):
+        with pytest.raises(QueueFullError) as full:
             engine.submit([image(3), image(4)], Ask())
+        assert full.value.retry_after_s == 1  # no batch has been timed yet
         kept += engine.submit([image(5)], Ask())
         let_go()
         assert all(future.result(10) for future in kept)
@@ -502,6 +503,62 @@ def test_who_finds_the_queue_full_is_told_when_it_will_have_gone(
         let_go()
 
     assert full.value.retry_after_s == told_s
+
+
+def test_time_that_two_batches_share_counts_once_for_the_pace() -> None:
+    model, clock = DeviceModel(), Clock()
+    with running(model, clock=clock, max_batch=2, heartbeat_s=1e6) as engine:
+        futures = fly(model, engine, 4)
+        for place in range(2):
+            clock.now_s += 4.0
+            model.flights[place].finished.set()
+            firsts(futures[2 * place : 2 * place + 2])
+        fly(model, engine, 4)
+        ask_all(engine, range(1, 9))
+        with pytest.raises(QueueFullError) as full:
+            ask_all(engine, [9])
+        model.finish_all()
+
+    assert full.value.retry_after_s == 16
+
+
+def test_an_image_that_is_late_costs_no_forward_at_all() -> None:
+    model = HostModel()
+    with running(model) as engine:
+        assert model.beats.acquire(timeout=10)
+        (late,) = engine.submit([image(1)], Ask(), deadline_s=time.monotonic())
+        with pytest.raises(DeadlineError):
+            late.result(10)
+        turn(engine)
+
+        assert not model.beats.acquire(blocking=False)
+
+
+def test_an_image_cancelled_in_the_moment_it_is_found_late_harms_nobody() -> None:
+    """A request reads the clock under the lock, so the canceller is too late to take it out."""
+    model, clock = HostModel(), Clock()
+
+    def now_s() -> float:
+        if threading.current_thread() is canceller_of:
+            clock.now_s = 5.0
+            canceller.start()
+            while not gone.cancelled():
+                time.sleep(0)
+        return clock.now_s
+
+    canceller_of: threading.Thread | None = None
+    with running(model, clock=now_s) as engine:
+        let_go = hold(model, engine)
+        (gone,) = engine.submit([image(1)], Ask(), deadline_s=5.0)
+        canceller = threading.Thread(target=gone.cancel)
+        canceller_of = threading.current_thread()
+        kept = ask_all(engine, [2])
+        canceller_of = None
+        canceller.join()
+        let_go()
+
+        assert end_of(gone) is CancelledError
+        assert firsts(kept) == [2]
 
 
 @given(
