@@ -57,10 +57,13 @@ RULES: Mapping[str, Mapping[str, Level]] = {
     "/v1/tasks/{task}/aliases/{alias}": {"PUT": CHANGE, "DELETE": CHANGE},
     "/v1/tasks/{task}/versions/{version}": {"PUT": CHANGE, "DELETE": CHANGE},
     "/v1/tasks/{task}/versions/{version}/pin": {"PUT": CHANGE, "DELETE": CHANGE},
+    "/v1/tasks/{task}/rollout": {"GET": READ, "PUT": CHANGE, "DELETE": CHANGE},
+    "/v1/tasks/{task}/rollout:promote": {"POST": CHANGE},
     "/v1/tasks/{task}/usage": {"GET": READ},
     "/v1/operations": {"GET": READ},
     "/v1/operations/{operation}": {"GET": READ},
     "/v1/unclaimed": {"GET": CHANGE, "DELETE": CHANGE},  # users' images: not for every reader
+    "/v1/unclaimed/{image}": {"GET": CHANGE, "DELETE": CHANGE},
     "/v2": {"GET": READ},
     "/v2/health/live": {"GET": OPEN},
     "/v2/health/ready": {"GET": OPEN},

@@ -1,4 +1,4 @@
-"""What FastAPI cannot see by itself: bodies in several forms, problems, keys."""
+"""What FastAPI cannot see by itself: bodies in several forms, problems, keys, examples."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.access import RULES, Level
+from service.call import TIMEOUT_HEADER
+from service.examples import EXAMPLES, Example
 from service.openai_schemas import EmbeddingsRequest, ErrorAnswer
 from service.problems import PROBLEM_JSON
 from service.schemas import ClassifyOptions, ClassifyRequest, Problem
@@ -26,7 +28,16 @@ __all__ = [
 ]
 
 _REF = "#/components/schemas/{model}"
+_JSON = "application/json"
 _BINARY = {"type": "string", "format": "binary"}
+
+
+_TIMEOUT: dict[str, Any] = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "description": "Milliseconds until the answer is of no use any more",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999_999},
+}
 
 
 def _query(options: type[BaseModel]) -> list[dict[str, Any]]:
@@ -36,11 +47,11 @@ def _query(options: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 CLASSIFY_BODY: dict[str, Any] = {
-    "parameters": _query(ClassifyOptions),
+    "parameters": [*_query(ClassifyOptions), _TIMEOUT],
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": {"$ref": _REF.format(model="ClassifyRequest")}},
+            _JSON: {"schema": {"$ref": _REF.format(model="ClassifyRequest")}},
             "multipart/form-data": {
                 "schema": {
                     "allOf": [
@@ -93,8 +104,9 @@ _SECURITY: dict[Level, list[dict[str, list[str]]]] = {
 def json_body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """The body of a route that reads it itself, so that it can bound it."""
     schema = {"$ref": _REF.format(model=model.__name__)}
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": required, "content": content}}
+    content = {_JSON: {"schema": schema}}
+    body = {"required": required, "content": content}
+    return {"parameters": [_TIMEOUT], "requestBody": body}
 
 
 def describe(app: FastAPI) -> None:
@@ -116,6 +128,18 @@ def _complete(document: dict[str, Any]) -> None:
     for path, method, operation in operations(document):
         level = RULES.get(path, {}).get(method, Level.CHANGE)
         operation["security"] = _SECURITY[level]
+        operation["responses"].setdefault("default", PROBLEM_RESPONSES["default"])
+        if (method, path) in EXAMPLES:
+            _show(EXAMPLES[method, path], operation)
+
+
+def _show(example: Example, operation: dict[str, Any]) -> None:
+    """Put an example where the pages that show the document look for it."""
+    if example.body is not None:
+        operation["requestBody"]["content"][_JSON]["example"] = example.body
+    if example.answer is not None:
+        content = operation["responses"][str(example.status)]["content"]
+        next(iter(content.values()))["example"] = example.answer
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

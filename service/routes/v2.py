@@ -66,65 +66,50 @@ async def server_ready(request: Request) -> ServerReady:
 
 
 @routes.get("/models/{model}", response_model_exclude_none=True)
-@routes.get("/models/{model}/versions/{version}", response_model_exclude_none=True)
-async def model_metadata(
-    model: str, service: CurrentService, version: str | None = None
-) -> ModelMetadata:
+async def model_metadata(model: str, service: CurrentService) -> ModelMetadata:
     """What a model takes and gives, and which versions it has."""
-    snapshot = service.tasks.live.snapshot
-    key = snapshot.key_of(_selector(model, version))
-    versions = [record.version for record in snapshot.desired.tasks[key[0]]] if key else None
-    return ModelMetadata(
-        name=model,
-        versions=versions,
-        platform="medley_bundle" if key else "medley_backbone",
-        inputs=INPUTS,
-        outputs=OUTPUTS,
-    )
+    return _metadata(service.tasks.live.snapshot, model, model)
+
+
+@routes.get("/models/{model}/versions/{version}", response_model_exclude_none=True)
+async def version_metadata(model: str, version: str, service: CurrentService) -> ModelMetadata:
+    """What one version takes and gives; all of a model do the same."""
+    return _metadata(service.tasks.live.snapshot, model, f"{model}@{version}")
 
 
 @routes.get("/models/{model}/ready")
-@routes.get("/models/{model}/versions/{version}/ready")
-async def model_ready(
-    model: str, service: CurrentService, version: str | None = None
-) -> ModelReady:
+async def model_ready(model: str, service: CurrentService) -> ModelReady:
     """Whether a model can be asked; 503 if this server could not load it."""
-    snapshot = service.tasks.live.snapshot
-    key = snapshot.key_of(_selector(model, version))
-    if key in snapshot.failed:
-        raise UnavailableError(f"{'@'.join(key)} could not be loaded", code="version_failed")
-    return ModelReady(name=model, ready=True)
+    return _ready(service.tasks.live.snapshot, model, model)
+
+
+@routes.get("/models/{model}/versions/{version}/ready")
+async def version_ready(model: str, version: str, service: CurrentService) -> ModelReady:
+    """Whether one version can be asked; 503 if this server could not load it."""
+    return _ready(service.tasks.live.snapshot, model, f"{model}@{version}")
 
 
 @routes.post(
-    "/models/{model}/infer",
-    response_model=InferResponse,
-    openapi_extra=json_body(InferRequest),
+    "/models/{model}/infer", response_model=InferResponse, openapi_extra=json_body(InferRequest)
 )
+async def infer(model: str, request: Request, service: CurrentService) -> Response:
+    """Classify images; labels and templates may be among the request's parameters.
+
+    The protocol knows no error of one image: one that cannot be used fails the request.
+    """
+    return await _infer(model, model, request, service)
+
+
 @routes.post(
     "/models/{model}/versions/{version}/infer",
     response_model=InferResponse,
     openapi_extra=json_body(InferRequest),
 )
-async def infer(
-    model: str, request: Request, service: CurrentService, version: str | None = None
+async def infer_by_version(
+    model: str, version: str, request: Request, service: CurrentService
 ) -> Response:
-    """Classify images; labels and templates may be among the request's parameters.
-
-    The protocol knows no error of one image: one that cannot be used fails the request.
-    """
-    call = call_of(request, service.settings)
-    with service.bodies.open(request, call) as bounded:
-        body = Body(await bounded.body(), _json_bytes(request))
-        asked = asked_of(body, model, _selector(model, version))
-        check_counts(asked.intake, service.settings)
-        timed = await until_gone(request, service.classification.classify(asked.intake, call))
-    answer = answered(asked, timed.response)
-    headers = {"Server-Timing": call.server_timing(timed.stages_s)}
-    if answer.json_bytes is None:
-        return Response(answer.content, media_type="application/json", headers=headers)
-    headers[JSON_SIZE] = str(answer.json_bytes)
-    return Response(answer.content, media_type="application/octet-stream", headers=headers)
+    """Classify images by one version of a task."""
+    return await _infer(model, f"{model}@{version}", request, service)
 
 
 @routes.post(
@@ -173,6 +158,40 @@ async def unload(model: str, request: Request, service: CurrentService) -> dict[
     return {}
 
 
+def _metadata(snapshot: Snapshot, model: str, selector: str) -> ModelMetadata:
+    key = snapshot.key_of(selector)
+    versions = [record.version for record in snapshot.desired.tasks[key[0]]] if key else None
+    return ModelMetadata(
+        name=model,
+        versions=versions,
+        platform="medley_bundle" if key else "medley_backbone",
+        inputs=INPUTS,
+        outputs=OUTPUTS,
+    )
+
+
+def _ready(snapshot: Snapshot, model: str, selector: str) -> ModelReady:
+    key = snapshot.key_of(selector)
+    if key in snapshot.failed:
+        raise UnavailableError(f"{'@'.join(key)} could not be loaded", code="version_failed")
+    return ModelReady(name=model, ready=True)
+
+
+async def _infer(model: str, selector: str, request: Request, service: Service) -> Response:
+    call = call_of(request, service.settings)
+    with service.bodies.open(request, call) as bounded:
+        body = Body(await bounded.body(), _json_bytes(request))
+        asked = asked_of(body, model, selector)
+        check_counts(asked.intake, service.settings)
+        timed = await until_gone(request, service.classification.classify(asked.intake, call))
+    answer = answered(asked, timed.response)
+    headers = {"Server-Timing": call.server_timing(timed.stages_s)}
+    if answer.json_bytes is None:
+        return Response(answer.content, media_type="application/json", headers=headers)
+    headers[JSON_SIZE] = str(answer.json_bytes)
+    return Response(answer.content, media_type="application/octet-stream", headers=headers)
+
+
 async def _read(kind: type[Model], request: Request, service: Service) -> Model:
     """The body of a request of the repository, which may be empty."""
     call = call_of(request, service.settings)
@@ -191,11 +210,6 @@ def _entry(snapshot: Snapshot, key: Key) -> IndexEntry:
         return IndexEntry(name=task, version=version, state="READY")
     reason = f"on {tier}; a request brings it back"
     return IndexEntry(name=task, version=version, state="UNAVAILABLE", reason=reason)
-
-
-def _selector(model: str, version: str | None) -> str:
-    """What the native API calls a model of an address."""
-    return model if version is None else f"{model}@{version}"
 
 
 def _json_bytes(request: Request) -> int | None:
