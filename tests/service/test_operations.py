@@ -1,15 +1,23 @@
 """Operations: what runs on, what is remembered, and how they stop."""
 
 import asyncio
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from medley.backbone import Backbone
+from service.app import create_app
 from service.errors import ConflictError, NotFoundError, QueueFullError
-from service.operations import Operations
+from service.operations import Operations, Started
+from service.registry import IfMatch
+from service.settings import Settings
+from service.tasks import Registered, Tasks, Wanted
 from tests.service.conftest import MakeBundle, OpenApp, ServerProcess
 from tests.service.raw import Raw
 
@@ -197,3 +205,101 @@ def test_a_server_that_stops_during_registrations_leaves_each_whole_or_not_at_al
         for name in names:
             response = http.put(f"/v1/tasks/{name}/versions/1", content=make(task=name)[1])
             assert response.status_code == (200 if name in kept else 201)
+
+
+class Gate:
+    """Holds a registration inside its registry transaction, which runs in a worker thread."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, step: str) -> None:
+        if step == "registry-uncommitted":
+            self.reached.set()
+            self.go_on.wait()
+
+
+async def chunks(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+@asynccontextmanager
+async def held_registration(
+    store: Path, data: bytes, backbone: Backbone
+) -> AsyncIterator[tuple[Tasks, Started[Registered], Gate]]:
+    gate = Gate()
+    app = create_app(Settings(store=store, buckets=(4,)), backbone=backbone, on_step=gate)
+    async with app.router.lifespan_context(app):
+        tasks: Tasks = app.state.service.tasks
+        try:
+            started = await tasks.receive(Wanted("pets", "1"), chunks(data))
+            await asyncio.to_thread(gate.reached.wait)
+            yield tasks, started, gate
+        finally:
+            gate.go_on.set()
+
+
+def test_a_change_that_has_begun_is_made_whole_before_the_engine_stops(
+    tmp_path: Path, make: MakeBundle, backbone: Backbone, open_app: OpenApp
+) -> None:
+    async def story() -> None:
+        async with held_registration(tmp_path / "store", make()[1], backbone) as held:
+            tasks, started, gate = held
+            waits = await tasks.receive(Wanted("tools", "1"), chunks(make(task="tools")[1]))
+            closing = asyncio.create_task(tasks.close())
+            with pytest.raises(asyncio.CancelledError):
+                await waits.result(10)
+            assert not closing.done()
+            gate.go_on.set()
+            await closing
+            assert tasks.live.snapshot.live.keys() == {"pets"}
+            assert tasks.operations.get(started.id).state == "failed", "nobody was told"
+
+    asyncio.run(story())
+    assert list((tmp_path / "store" / "incoming").iterdir()) == []
+    with open_app() as http:
+        assert [task["task"] for task in http.get("/v1/tasks").json()["tasks"]] == ["pets"]
+
+
+def test_who_deletes_what_is_being_registered_comes_after_it(
+    tmp_path: Path, make: MakeBundle, backbone: Backbone
+) -> None:
+    async def story() -> None:
+        async with held_registration(tmp_path / "store", make()[1], backbone) as held:
+            tasks, started, gate = held
+            deleting = asyncio.create_task(tasks.delete_task("pets"))
+            rivals = [
+                asyncio.create_task(tasks.set_alias("pets", name, "1", if_match=IfMatch(any=True)))
+                for name in ("live", "best")
+            ]
+            await asyncio.sleep(0)
+            assert not deleting.done()
+            gate.go_on.set()
+            registered = await started.result(30)
+            assert registered is not None
+            assert registered.snapshot.live.keys() == {"pets"}
+            assert (await deleting).desired.tasks == {}
+            for rival in rivals:
+                with pytest.raises(NotFoundError):
+                    await rival
+            assert list((tmp_path / "store" / "bundles").iterdir()) == []
+
+    asyncio.run(story())
+
+
+def test_who_gives_up_waiting_for_a_change_does_not_undo_it(
+    tmp_path: Path, make: MakeBundle, backbone: Backbone
+) -> None:
+    async def story() -> None:
+        async with held_registration(tmp_path / "store", make()[1], backbone) as held:
+            tasks, started, gate = held
+            impatient = asyncio.create_task(tasks.set_pinned("pets", "1", True))
+            await asyncio.sleep(0)
+            impatient.cancel()
+            gate.go_on.set()
+            assert await started.result(30) is not None
+            with pytest.raises(asyncio.CancelledError):
+                await impatient
+            assert (await tasks.set_alias("pets", "best", "1")).desired.pinned == frozenset()
+
+    asyncio.run(story())

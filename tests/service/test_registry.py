@@ -1,5 +1,6 @@
 """The registry against a plain model of it, what survives, and what is refused."""
 
+import resource
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley.errors import MedleyError
-from service.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
+from service.errors import (
+    ConflictError,
+    NotFoundError,
+    PreconditionError,
+    StorageError,
+    UnavailableError,
+)
 from service.registry import Desired, IfMatch, LocalRegistry, VersionRecord
 
 TASKS, VERSIONS = ("a", "b"), ("1", "2", "3")
@@ -252,6 +259,24 @@ def test_a_failure_inside_a_change_undoes_it_whole(tmp_path: Path) -> None:
         registry.register(record("a", "1"), activate=True)
 
     assert registry.read() == before
+    registry.close()
+
+
+def test_a_disk_that_takes_no_change_leaves_what_was_and_later_takes_it(tmp_path: Path) -> None:
+    """A limit on the size of files fails writes as a full disk does."""
+    registry = LocalRegistry(tmp_path / "registry.sqlite")
+    before = registry.register(record("a", "1"), activate=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises((UnavailableError, StorageError)) as caught:
+            registry.register(record("a", "2"), activate=True)
+        assert registry.read() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert str(tmp_path) not in str(caught.value)
+    assert registry.register(record("a", "2"), activate=True).live == {"a": "2"}
     registry.close()
 
 

@@ -86,6 +86,21 @@ def test_a_full_disk_is_an_error_without_a_path_in_it(store: BundleStore) -> Non
     assert str(store.folder) not in str(caught.value)
 
 
+def test_bytes_that_the_disk_takes_only_in_part_leave_nothing(store: BundleStore) -> None:
+    """They are still in a buffer, and do not fit when it is emptied at the end either."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with store.upload(10**9) as upload:
+            upload.write(b"x" * 100)
+            with pytest.raises(StorageError):
+                upload.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert files(store) == ["lock"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_store_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
