@@ -39,14 +39,14 @@ def measure_beside_bare(
     bare = Bare(classifier, images, asks)
     saturated: dict[str, list[float]] = {COLUMN: [], BARE: [], BARE_PIXELS: []}
     alone: dict[str, list[float]] = {COLUMN: [], BARE: [], BARE_PIXELS: []}
-    bare.rate(sites.plan.warm_up_s, decoding=True)
+    bare.rate(sites.plan.warm_up_s)
     for _ in range(sites.plan.rounds):
-        for name, decoding in ((BARE, True), (BARE_PIXELS, False)):
-            saturated[name].append(1 / bare.rate(sites.plan.saturation_s, decoding=decoding))
-            alone[name] += bare.alone_s(sites.plan.alone, decoding=decoding)
+        saturated[BARE].append(1 / bare.rate(sites.plan.saturation_s))
         saturated[COLUMN].append(1 / sites.saturate(requests, picks).throughput_hz)
-        one = sites.saturate(requests, picks, visitors=1)
-        alone[COLUMN] += one.latencies_s[: sites.plan.alone]
+        saturated[BARE_PIXELS].append(1 / bare.rate_decoded(sites.plan.saturation_s))
+        alone[BARE] += bare.alone_s(sites.plan.alone)
+        alone[COLUMN] += sites.saturate(requests, picks, visitors=1).latencies_s
+        alone[BARE_PIXELS] += bare.alone_decoded_s(sites.plan.alone)
     for path in paths:
         retire(path, classifier)
     _write(sites, site, SATURATED, saturated)

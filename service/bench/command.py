@@ -86,7 +86,7 @@ def _measure(
     from medley.machine import run_of
     from service.bench.cells import FULL, QUICK
     from service.bench.load import LoadError
-    from service.bench.run import measure, steps_of
+    from service.bench.run import measure
     from service.bench.served import Served
 
     served = Served(
@@ -100,7 +100,7 @@ def _measure(
     run = run_of(torch.device("cpu"), packages=("locust", "uvicorn", "fastapi"))
     err.print(f"{run.machine}; {run.versions}", highlight=False)
     with Progress(console=err) as progress:
-        bar = progress.add_task("serve", total=steps_of(plan, infinity=infinity is not None))
+        bar = progress.add_task("serve", total=plan.steps(infinity=infinity is not None))
         try:
             measure(
                 Journal(folder, run),

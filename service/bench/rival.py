@@ -1,7 +1,7 @@
 """The same architecture and weights behind our `/v1/embeddings` and behind infinity's, in turns.
 
-Both servers get the very same bodies and run at the same time, one of them idle. Before anything is
-timed their embeddings are compared.
+All servers get the very same bodies and run at the same time, all but one of them idle. Before
+anything is timed their embeddings are compared.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -29,16 +30,24 @@ from service.bench.served import Served
 from service.bench.servers import Server, infinity_server, medley_server
 from service.bench.sites import COLUMN, OnStep
 
-__all__ = ["INFINITY", "RIVAL", "RIVAL_LOAD", "measure_beside_infinity"]
+__all__ = [
+    "AGREEMENT",
+    "BATCHED",
+    "INFINITY",
+    "RIVAL",
+    "RIVAL_LOAD",
+    "TOLERANCE",
+    "measure_beside_infinity",
+]
 
 RIVAL, RIVAL_LOAD, AGREEMENT = (
     "beside infinity, saturated",
     "beside infinity, same load",
     "beside infinity, agreement",
 )
-INFINITY = "infinity"
+INFINITY, BATCHED = "infinity", "medley, batches"
 MODEL = "base"  # what both serve it as
-ROUTES = {COLUMN: "/v1/embeddings", INFINITY: "/embeddings"}
+BATCHES = (1, 2, 4, 8, 16)  # infinity takes up to 32 at a time
 TOLERANCE = 1e-4
 LOAD_PERCENT = 80
 
@@ -67,99 +76,122 @@ def measure_beside_infinity(
     Raises:
         LoadError: a server fails, or the two do not compute the same.
     """
-    for architecture in plan.compared:
+    for architecture, forms in plan.compared:
         place = folder / architecture
         weights, model = _write_model(architecture, place)
-        ours = replace(served, backbone=architecture, weights=weights)
         size = open_clip.get_model_config(architecture)["vision_cfg"]["image_size"]
-        with (
-            medley_server(place / "store", place / "medley.log", ours.settings(1)) as medley,
-            infinity_server(python, model, place / "infinity.log") as infinity,
-        ):
-            servers = {COLUMN: medley, INFINITY: infinity}
-            for form in plan.forms:
+        with ExitStack() as stack:
+            contenders = {}
+            for name, settings in _ours(served, architecture, weights).items():
+                ours = medley_server(place / name, place / f"{name}.log", settings)
+                contenders[name] = Contender(stack.enter_context(ours), "/v1/embeddings")
+            theirs = infinity_server(python, model, place / "infinity.log")
+            contenders[INFINITY] = Contender(stack.enter_context(theirs), "/embeddings")
+            for form in forms:
                 images = write_images(place / form, form, plan.images, input_size=(size, size))
-                pair = _Pair(journal, plan, servers, load, _bodies(images, form))
-                pair.measure({"backbone": architecture, "images": form.value}, exact=form)
+                row = _Row(journal, plan, contenders, load, _bodies(images, form))
+                row.measure({"backbone": architecture, "images": form.value}, form)
                 on_step(1)
 
 
-class _Pair:
-    """Two servers and what is sent to both."""
+@dataclass(frozen=True)
+class Contender:
+    """A server and where it answers."""
+
+    server: Server
+    path: str
+
+
+class _Row:
+    """Servers and what is sent to all of them."""
 
     def __init__(
         self,
         journal: Journal,
         plan: Plan,
-        servers: Mapping[str, Server],
+        contenders: Mapping[str, Contender],
         load: Load,
         bodies: Sequence[Path],
     ) -> None:
-        self._journal, self._plan, self._servers, self._load = journal, plan, servers, load
-        self._bodies = bodies
+        self._journal, self._plan, self._contenders = journal, plan, contenders
+        self._load, self._bodies = load, bodies
 
-    def measure(self, conditions: Conditions, *, exact: Form) -> None:
+    def measure(self, conditions: Conditions, form: Form) -> None:
         """Write the lines of one row."""
-        self._agree(conditions, exact)
-        rates_hz = self._saturate(conditions)
-        rate_hz = min(rates_hz.values()) * LOAD_PERCENT / 100
-        timing = Timing(seconds=self._plan.cell_s, warm_up_s=self._plan.warm_up_s)
-        for name in self._servers:
+        self._agree(conditions, form)
+        for name in self._contenders:
+            self._saturated(name, 2 * self._plan.warm_up_s)  # not counted: memory, first batches
+        slowest_hz = self._in_turns(conditions)
+        timing = Timing(seconds=self._plan.long_s, warm_up_s=self._plan.warm_up_s)
+        for name, contender in self._contenders.items():
             outcome = open_loop(
                 self._load,
-                self._servers[name],
+                contender.server,
                 self._requests(name),
                 range(len(self._bodies)),
-                rate_hz=rate_hz,
+                rate_hz=slowest_hz * LOAD_PERCENT / 100,
                 timing=timing,
                 visitors=self._plan.visitors,
             )
-            self._write(RIVAL_LOAD, conditions, name, outcome)
+            self._journal.add(
+                RIVAL_LOAD, conditions, name, times_s=outcome.latencies_s, values=outcome.values
+            )
 
     def _agree(self, conditions: Conditions, form: Form) -> None:
-        """Compare the two servers' embeddings; where nothing is resized they must be the same."""
-        ours, theirs = (
-            np.stack([_embedding(server.url + ROUTES[name], body) for body in self._bodies])
-            for name, server in self._servers.items()
-        )
-        apart = float(np.abs(ours - theirs).max())
-        if form is Form.PIXELS and not apart <= TOLERANCE:
-            raise LoadError(f"embeddings differ by {apart:.2g}: these are not the same models")
-        self._journal.add(AGREEMENT, conditions, COLUMN, values={"apart": apart})
+        """Compare all embeddings with infinity's; where nothing is resized they must be equal."""
+        embeddings = {name: self._embeddings(one) for name, one in self._contenders.items()}
+        for name, found in embeddings.items():
+            if name == INFINITY:
+                continue
+            apart = float(np.abs(found - embeddings[INFINITY]).max())
+            if form is Form.PIXELS and not apart <= TOLERANCE:
+                raise LoadError(f"embeddings differ by {apart:.2g}: these are not the same models")
+            self._journal.add(AGREEMENT, conditions, name, values={"apart": apart})
 
-    def _saturate(self, conditions: Conditions) -> dict[str, float]:
-        """Saturate both in turns; return the median rate of each."""
-        timing = Timing(seconds=self._plan.saturation_s, warm_up_s=self._plan.warm_up_s)
-        outcomes: dict[str, list[Outcome]] = {name: [] for name in self._servers}
+    def _in_turns(self, conditions: Conditions) -> float:
+        """Saturate all in turns, write their lines; return the slowest one's median rate."""
+        outcomes: dict[str, list[Outcome]] = {name: [] for name in self._contenders}
         for _ in range(self._plan.rounds):
-            for name, server in self._servers.items():
-                outcomes[name].append(
-                    closed_loop(
-                        self._load,
-                        server,
-                        self._requests(name),
-                        range(len(self._bodies)),
-                        timing=timing,
-                        visitors=self._plan.crowd,
-                    )
-                )
+            for name, some in outcomes.items():
+                some.append(self._saturated(name, self._plan.saturation_s))
         for name, some in outcomes.items():
             times_s = [1 / outcome.throughput_hz for outcome in some]
             self._journal.add(RIVAL, conditions, name, times_s=times_s, values=some[-1].values)
-        return {
-            n: float(np.median([o.throughput_hz for o in some])) for n, some in outcomes.items()
-        }
+        return min(
+            float(np.median([outcome.throughput_hz for outcome in some]))
+            for some in outcomes.values()
+        )
+
+    def _saturated(self, name: str, seconds: float) -> Outcome:
+        return closed_loop(
+            self._load,
+            self._contenders[name].server,
+            self._requests(name),
+            range(len(self._bodies)),
+            timing=Timing(seconds=seconds, warm_up_s=self._plan.warm_up_s),
+            visitors=self._plan.crowd,
+        )
 
     def _requests(self, name: str) -> list[Ready]:
+        path = self._contenders[name].path
         return [
-            Ready(path=ROUTES[name], content_type="application/json", body_file=str(body))
+            Ready(path=path, content_type="application/json", body_file=str(body))
             for body in self._bodies
         ]
 
-    def _write(self, bench: str, conditions: Conditions, name: str, outcome: Outcome) -> None:
-        self._journal.add(
-            bench, conditions, name, times_s=outcome.latencies_s, values=outcome.values
-        )
+    def _embeddings(self, one: Contender) -> NDArray[np.float32]:
+        return np.stack([_embedding(one.server.url + one.path, body) for body in self._bodies])
+
+
+def _ours(
+    served: Served, architecture: str, weights: Path
+) -> dict[str, dict[str, str | int | float]]:
+    """Settings of our servers: as they are measured everywhere, and with batches as infinity."""
+    chosen = replace(served, backbone=architecture, weights=weights)
+    found = {COLUMN: chosen}
+    if chosen.buckets == (1,):
+        found[BATCHED] = replace(chosen, buckets=BATCHES, precision="fp32")
+    return {name: one.settings(1) for name, one in found.items()}
 
 
 def _write_model(architecture: str, folder: Path) -> tuple[Path, Path]:

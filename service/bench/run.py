@@ -12,19 +12,14 @@ from service.bench.cells import Plan, Site
 from service.bench.images import write_images
 from service.bench.load import Load, visiting
 from service.bench.rival import measure_beside_infinity
-from service.bench.served import Served, register, write_tasks
+from service.bench.served import FIRST, Served, register, write_tasks
 from service.bench.servers import medley_server
 from service.bench.sites import OnStep, Sites
 from service.bench.traffic import Mix
 
-__all__ = ["measure", "steps_of"]
+__all__ = ["SERVED", "measure"]
 
-
-def steps_of(plan: Plan, *, infinity: bool) -> int:
-    """How often `measure` calls `on_step`."""
-    sites = [site for tasks in plan.tasks for site in plan.sites(tasks)]
-    cells = sum(1 + len(list(plan.cells(site))) for site in sites)
-    return cells + len(plan.forms) * (2 + (len(plan.compared) if infinity else 0))
+SERVED = "served"  # the line that says with which settings
 
 
 def measure(
@@ -48,6 +43,7 @@ def measure(
         LoadError: a server or the visitors' process fails.
         BackboneError: there is no such backbone.
     """
+    journal.add(SERVED, served.conditions, "medley")
     with tempfile.TemporaryDirectory(prefix="medley-bench-") as name, visiting() as load:
         folder = Path(name)
         _measure_load(journal, plan, served, folder, load, on_step)
@@ -78,7 +74,9 @@ def _measure_load(
         )
         live = 0
         for count in plan.tasks:
-            register(server, {n: files["1"] for n, files in enumerate(tasks[:count]) if n >= live})
+            register(
+                server, {n: files[FIRST] for n, files in enumerate(tasks[:count]) if n >= live}
+            )
             live = count
             for site in plan.sites(count):
                 sites.measure(site)

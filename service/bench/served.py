@@ -11,6 +11,7 @@ import torch
 
 from medley.backbone import Backbone
 from medley.classifier import Classifier
+from medley.journal import Conditions
 from medley.pool import Capacity
 from medley.precision import Precision
 from medley.routed import RoutedModel
@@ -33,6 +34,16 @@ class Served:
     buckets: tuple[int, ...] = (1,)
     precision: Precision = "exact"
     threads: int = 0
+
+    @property
+    def conditions(self) -> Conditions:
+        """Of a line."""
+        return {
+            "backbone": self.backbone,
+            "precision": self.precision,
+            "buckets": ",".join(map(str, self.buckets)),
+            "threads": self.threads or "torch's choice",
+        }
 
     def settings(self, tasks: int) -> dict[str, str | int | float]:
         """Of a server with room for so many tasks."""

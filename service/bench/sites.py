@@ -82,7 +82,7 @@ class Sites:
     def _measure(
         self, cell: Cell, requests: Sequence[Ready], picks: Sequence[int], rate_hz: float
     ) -> None:
-        timing = Timing(seconds=self.plan.cell_s, warm_up_s=self.plan.warm_up_s)
+        timing = Timing(seconds=cell.seconds, warm_up_s=self.plan.warm_up_s)
         before = scrape(self.server.url)
         swaps_s: Sequence[float] = ()
         with ExitStack() as stack:
