@@ -7,7 +7,7 @@ has the same list for people; a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -93,6 +93,24 @@ class Metrics:
             ["task"],
             registry=registry,
         )
+        self.rollout_images = Counter(
+            "medley_rollout_images",
+            "Images that a candidate computed, by whether its label was the live version's",
+            ["task", "result"],
+            registry=registry,
+        )
+        self.rollout_acceptance = Counter(
+            "medley_rollout_acceptance",
+            "The same images by which version's selector accepted them",
+            ["task", "accepted"],
+            registry=registry,
+        )
+        self.rollout_stops = Counter(
+            "medley_rollout_stops",
+            "Candidates that were taken out by themselves",
+            ["task"],
+            registry=registry,
+        )
         self.folded_tasks = Gauge(
             "medley_folded_tasks", "Tasks without series of their own", registry=registry
         )
@@ -175,6 +193,11 @@ class Metrics:
             "Versions that requests kept on the device for too long",
             registry=registry,
         )
+        self.unclaimed_images = Gauge(
+            "medley_unclaimed_images",
+            "Images in the sample of those that no task claims",
+            registry=registry,
+        )
         self.overlap_warnings = Counter(
             "medley_overlap_warnings",
             "Tasks that a registered version was found to overlap with",
@@ -214,22 +237,23 @@ class Metrics:
         self._own.add(task)
         return task
 
-    def keep_tasks(self, tasks: Collection[str]) -> None:
-        """Drop the series of all other tasks, so that churn does not pile them up."""
-        for task in self._own.difference(tasks):
-            self.forget_task(task)
-        self._folded.intersection_update(tasks)
-
     def forget_task(self, task: str) -> None:
-        """Drop the series of a task that is gone."""
+        """Drop the series of a task that is gone, so that churn does not pile them up."""
         self._own.discard(task)
         self._folded.discard(task)
-        for metric in (self.images, self.router_margin, self.task_forward_s):
+        for metric in (
+            self.images,
+            self.router_margin,
+            self.task_forward_s,
+            self.rollout_images,
+            self.rollout_acceptance,
+            self.rollout_stops,
+        ):
             metric.remove_by_labels({"task": task})
 
 
 class _Before(Collector):
-    """No metric: what is to be done before a scrape."""
+    """No metric: what is to be measured before a scrape."""
 
     def __init__(self, actions: Sequence[Callable[[], None]]) -> None:
         self._actions = actions

@@ -15,10 +15,13 @@ from typing import Literal
 
 from medley.errors import ImageError
 from service.engine import Answer
-from service.live import Live, Resident, Snapshot
+from service.intake import ImageSource
+from service.live import Live, Resident
 from service.metrics import OTHER, ZERO_SHOT_LABEL, Metrics
 from service.notes import noted
 from service.planning import Plan
+from service.registry import now
+from service.reservoir import Reservoir
 
 __all__ = ["Became", "Signals", "Used"]
 
@@ -41,17 +44,16 @@ class Used:
 class Signals:
     """Counts images by what became of them; knows what each task has used."""
 
-    def __init__(self, *, live: Live, metrics: Metrics) -> None:
+    def __init__(self, *, live: Live, metrics: Metrics, reservoir: Reservoir) -> None:
         self._live = live
         self._metrics = metrics
-        self._seen: Snapshot | None = None  # the last one that series were swept by
+        self._reservoir = reservoir
+        self.since = now()
         self._used: dict[str | None, Used] = {}  # by task; None is zero-shot
         self.total = Used()
-        metrics.before_scrape.append(self._sweep)
 
-    def answered(self, answer: Answer, plan: Plan) -> None:
-        """Count an image that has been answered."""
-        self._sweep()
+    def answered(self, answer: Answer, plan: Plan, image: ImageSource) -> None:
+        """Count an image that has been answered; maybe keep it, if no task claims it."""
         resident = plan.snapshot.by_path.get(answer.path)
         task = self._name(resident)
         forward_s = answer.forward_s / answer.batch_images
@@ -61,7 +63,7 @@ class Signals:
         self.total.add(forward_s)
         noted().answered[task or ZERO_SHOT_LABEL] += 1
         if plan.routed_by == "auto":
-            self._decided(answer, plan, resident)
+            self._decided(answer, plan, resident, image)
 
     def refused(self, error: ImageError, plan: Plan, *, alone: bool) -> None:
         """Count an image that cannot be used; `alone`: its error is that of the whole request."""
@@ -97,14 +99,23 @@ class Signals:
         noted().ended("forward", forward_s)
         stages_s |= {"queue": queue_s, "forward": forward_s}
 
+    def forget(self, task: str) -> None:
+        """Drop what is kept for a task that is not served any more."""
+        self._metrics.forget_task(task)
+        self._used.pop(task, None)
+
     def used(self, task: str) -> Used:
         """What a task has used."""
         return self._used.get(task) or Used()
 
-    def _decided(self, answer: Answer, plan: Plan, resident: Resident | None) -> None:
+    def _decided(
+        self, answer: Answer, plan: Plan, resident: Resident | None, image: ImageSource
+    ) -> None:
         nearest = resident or _nearest(answer, plan)
         decision = "task" if resident else "unclaimed" if nearest else "no_task"
         self._metrics.router_decisions.labels(decision).inc()
+        if decision == "unclaimed":
+            self._reservoir.offer(image)
         if nearest is not None:
             margin = nearest.threshold - answer.scores.get(nearest.path, math.nan)
             if math.isfinite(margin):  # a task that accepts everything has no margin
@@ -117,15 +128,6 @@ class Signals:
             return None
         task = resident.record.task
         return task if task in self._live.snapshot.desired.tasks else OTHER
-
-    def _sweep(self) -> None:
-        """Drop what is kept for tasks that are gone; at once if nothing has changed."""
-        snapshot = self._live.snapshot
-        if snapshot is not self._seen:
-            self._seen = snapshot
-            tasks = snapshot.desired.tasks
-            self._metrics.keep_tasks(tasks)
-            self._used = {task: used for task, used in self._used.items() if task in tasks}
 
 
 def _nearest(answer: Answer, plan: Plan) -> Resident | None:

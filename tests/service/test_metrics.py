@@ -123,7 +123,7 @@ def test_a_thousand_tasks_are_a_few_series_and_it_is_said_how_many_were_folded(
 def test_a_name_that_becomes_free_goes_to_the_next_task(metrics: Metrics) -> None:
     for task in "abcd":
         metrics.count_image(task, "auto", "ok")
-    metrics.keep_tasks({"b", "c", "d"})
+    metrics.forget_task("a")
     metrics.count_image("d", "auto", "ok")
     labels = {s.labels["task"] for family in metrics.images.collect() for s in family.samples}
 
@@ -135,7 +135,7 @@ def test_churn_of_tasks_leaves_nothing_behind(metrics: Metrics) -> None:
     for number in range(1000):
         metrics.count_image(f"task-{number}", "auto", "ok")
         metrics.router_margin.labels(metrics.task_label(f"task-{number}")).observe(1)
-        metrics.keep_tasks(())
+        metrics.forget_task(f"task-{number}")
 
     assert not [s for family in metrics.images.collect() for s in family.samples]
     assert metrics.registry.get_sample_value("medley_folded_tasks") == 0
