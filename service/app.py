@@ -32,9 +32,23 @@ from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
 from service.overlap import Overlap
 from service.registry import LocalRegistry
+from service.reservoir import Reservoir
 from service.residency import Residency
+from service.rollouts import Rollouts
 from service.room import Room
-from service.routes import classify, embeddings, models, operations, probes, route, tasks, v2
+from service.routes import (
+    classify,
+    embeddings,
+    models,
+    operations,
+    probes,
+    rollouts,
+    route,
+    tasks,
+    unclaimed,
+    usage,
+    v2,
+)
 from service.settings import Settings
 from service.signals import Signals
 from service.sources import Sources
@@ -100,12 +114,25 @@ def create_app(
         title="Medley",
         version=package_version(),
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.lifecycle, app.state.metrics, app.state.service = lifecycle, metrics, None
     problems.install(app)
-    for module in (classify, route, embeddings, models, v2, tasks, operations, probes):
+    for module in (
+        classify,
+        route,
+        embeddings,
+        models,
+        v2,
+        tasks,
+        rollouts,
+        operations,
+        unclaimed,
+        usage,
+        probes,
+    ):
         app.include_router(module.routes)
     app.add_middleware(Gate, settings=settings, openapi=lambda: app.openapi())
     app.add_middleware(
@@ -150,13 +177,16 @@ async def _start(
         max_host_bytes=settings.host_bytes,
         unload_s=settings.unload_s,
     )
+    reservoir = await asyncio.to_thread(_reservoir, settings, metrics)
+    stack.callback(reservoir.close)
+    signals = Signals(live=residency.live, metrics=metrics, reservoir=reservoir)
     service_tasks = Tasks(
         registry=registry,
         store=store,
         sources=Sources(settings.bundle_sources, timeout_s=settings.upload_timeout_s),
         residency=residency,
         overlap=Overlap(engine=engine, live=residency.live, bundle=store.path, metrics=metrics),
-        metrics=metrics,
+        signals=signals,
         max_bundle_bytes=settings.max_bundle_bytes,
         on_step=on_step,
     )
@@ -176,7 +206,8 @@ async def _start(
         metrics=metrics,
     )
     stack.callback(decoding.close)
-    signals = Signals(live=residency.live, metrics=metrics)
+    candidates = Rollouts(residency.live, metrics, stop=service_tasks.stop_rollout)
+    stack.push_async_callback(candidates.close)
     held_bytes = Room(settings.max_inflight_bytes, "bytes")
     fetching = _fetching(settings, held_bytes)
     if fetching is not None:
@@ -187,6 +218,7 @@ async def _start(
         decoding=decoding,
         fetching=fetching,
         room=Room(settings.max_inflight_images, "images"),
+        rollouts=candidates,
         signals=signals,
     )
     bodies = Bodies(
@@ -203,7 +235,10 @@ async def _start(
         labels=labels,
         bodies=bodies,
         inference=inference,
+        rollouts=candidates,
         classification=classification,
+        signals=signals,
+        reservoir=reservoir,
         metrics=metrics,
     )
 
@@ -265,6 +300,15 @@ def _fetching(settings: Settings, room: Room) -> Fetching | None:
         max_bytes=settings.max_image_bytes,
         timeout_s=settings.image_url_timeout_s,
         networks=settings.image_url_networks,
+    )
+
+
+def _reservoir(settings: Settings, metrics: Metrics) -> Reservoir:
+    return Reservoir(
+        settings.store / "unclaimed",
+        images=settings.reservoir,
+        max_bytes=settings.reservoir_bytes,
+        metrics=metrics,
     )
 
 

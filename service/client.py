@@ -180,17 +180,17 @@ class Client(_Calls):
         """Let an alias name a version; `live` is one."""
         return self.send(exchanges.set_alias(task, alias, version))
 
-    def delete_alias(self, task: str, alias: str) -> None:
+    def delete_alias(self, task: str, alias: str) -> TaskAnswer:
         """Forget an alias."""
-        self.send(exchanges.delete_alias(task, alias))
+        return self.send(exchanges.delete_alias(task, alias))
 
     def rollback(self, task: str) -> TaskAnswer:
         """Make the version live that was live before."""
         return self.send(exchanges.rollback(task))
 
-    def pin(self, task: str, version: str, *, pinned: bool = True) -> None:
+    def pin(self, task: str, version: str, *, pinned: bool = True) -> TaskAnswer:
         """Let a version stay on the device, or no more."""
-        self.send(exchanges.pin(task, version, pinned=pinned))
+        return self.send(exchanges.pin(task, version, pinned=pinned))
 
     def delete(self, task: str, version: str | None = None) -> None:
         """Remove a task, or one version of it that no alias names."""
@@ -208,7 +208,7 @@ class Client(_Calls):
         """End a task's rollout."""
         self.send(exchanges.stop_rollout(task))
 
-    def promote(self, task: str) -> TaskAnswer:
+    def promote(self, task: str) -> RolloutAnswer:
         """Make a rollout's candidate live."""
         return self.send(exchanges.promote(task))
 
@@ -297,17 +297,17 @@ class AsyncClient(_Calls):
         """Let an alias name a version; `live` is one."""
         return await self.send(exchanges.set_alias(task, alias, version))
 
-    async def delete_alias(self, task: str, alias: str) -> None:
+    async def delete_alias(self, task: str, alias: str) -> TaskAnswer:
         """Forget an alias."""
-        await self.send(exchanges.delete_alias(task, alias))
+        return await self.send(exchanges.delete_alias(task, alias))
 
     async def rollback(self, task: str) -> TaskAnswer:
         """Make the version live that was live before."""
         return await self.send(exchanges.rollback(task))
 
-    async def pin(self, task: str, version: str, *, pinned: bool = True) -> None:
+    async def pin(self, task: str, version: str, *, pinned: bool = True) -> TaskAnswer:
         """Let a version stay on the device, or no more."""
-        await self.send(exchanges.pin(task, version, pinned=pinned))
+        return await self.send(exchanges.pin(task, version, pinned=pinned))
 
     async def delete(self, task: str, version: str | None = None) -> None:
         """Remove a task, or one version of it that no alias names."""
@@ -325,7 +325,7 @@ class AsyncClient(_Calls):
         """End a task's rollout."""
         await self.send(exchanges.stop_rollout(task))
 
-    async def promote(self, task: str) -> TaskAnswer:
+    async def promote(self, task: str) -> RolloutAnswer:
         """Make a rollout's candidate live."""
         return await self.send(exchanges.promote(task))
 

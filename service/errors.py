@@ -88,7 +88,8 @@ class MediaTypeError(ServiceError):
 class NotFoundError(ServiceError):
     """No such thing.
 
-    Codes: unknown_task, unknown_version, unknown_alias, unknown_operation, no_live_version.
+    Codes: unknown_task, unknown_version, unknown_alias, unknown_operation, no_live_version,
+    no_rollout.
     """
 
     code = "unknown_task"

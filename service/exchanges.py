@@ -145,9 +145,9 @@ def set_alias(name: str, alias: str, version: str) -> Exchange[TaskAnswer]:
     )
 
 
-def delete_alias(name: str, alias: str) -> Exchange[None]:
+def delete_alias(name: str, alias: str) -> Exchange[TaskAnswer]:
     """Forget an alias."""
-    return Exchange("DELETE", _task(name, "aliases", alias), _nothing)
+    return Exchange("DELETE", _task(name, "aliases", alias), _model(TaskAnswer))
 
 
 def rollback(name: str) -> Exchange[TaskAnswer]:
@@ -155,10 +155,10 @@ def rollback(name: str) -> Exchange[TaskAnswer]:
     return Exchange("POST", f"{_task(name)}:rollback", _model(TaskAnswer), again=False)
 
 
-def pin(name: str, version: str, *, pinned: bool) -> Exchange[None]:
+def pin(name: str, version: str, *, pinned: bool) -> Exchange[TaskAnswer]:
     """Let a version stay on the device, or no more."""
     method = "PUT" if pinned else "DELETE"
-    return Exchange(method, _task(name, "versions", version, "pin"), _nothing)
+    return Exchange(method, _task(name, "versions", version, "pin"), _model(TaskAnswer))
 
 
 def delete(name: str, version: str | None) -> Exchange[None]:
@@ -183,9 +183,9 @@ def stop_rollout(name: str) -> Exchange[None]:
     return Exchange("DELETE", _task(name, "rollout"), _nothing)
 
 
-def promote(name: str) -> Exchange[TaskAnswer]:
+def promote(name: str) -> Exchange[RolloutAnswer]:
     """Make a rollout's candidate live."""
-    return Exchange("POST", f"{_task(name, 'rollout')}:promote", _model(TaskAnswer), again=False)
+    return Exchange("POST", f"{_task(name, 'rollout')}:promote", _model(RolloutAnswer), again=False)
 
 
 def _with_images(

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from medley.classifier import Ask
 from medley.errors import ImageError
 from service.call import Call
 from service.decoding import Decoding
@@ -23,6 +24,7 @@ from service.fetch import Fetching
 from service.intake import ImageSource, Url
 from service.planning import Plan, make_plan
 from service.residency import Residency
+from service.rollouts import Rollouts
 from service.room import Room
 from service.signals import Became, Signals
 
@@ -60,6 +62,7 @@ class Inference:
         decoding: Decoding,
         fetching: Fetching | None,
         room: Room,
+        rollouts: Rollouts,
         signals: Signals,
     ) -> None:
         """Take the parts.
@@ -70,6 +73,7 @@ class Inference:
             decoding: files to pixels.
             fetching: URLs to files; without it they are refused.
             room: for images that have been taken in and are not yet answered.
+            rollouts: candidates that are tried beside live versions.
             signals: hear what became of them.
         """
         self._engine = engine
@@ -77,6 +81,7 @@ class Inference:
         self._decoding = decoding
         self._fetching = fetching
         self._room = room
+        self._rollouts = rollouts
         self._signals = signals
 
     @asynccontextmanager
@@ -137,8 +142,9 @@ class Inference:
         with self._signals.stage("head", stages_s):
             made = iter([await head(answer) for answer in answers])
         results = [p if isinstance(p, ImageError) else next(made) for p in pixels]
-        for answer in answers:
-            self._signals.answered(answer, plan)
+        answered = (i for i, p in zip(images, pixels, strict=True) if isinstance(p, Tensor))
+        for image, answer in zip(answered, answers, strict=True):
+            self._signals.answered(answer, plan, image)
         for error in (p for p in pixels if isinstance(p, ImageError)):
             self._signals.refused(error, plan, alone=len(images) == 1)
         return Outcome(results, stages_s)
@@ -155,14 +161,13 @@ class Inference:
             return error
 
     async def _ask(self, pixels: Sequence[Tensor], plan: Plan, call: Call) -> list[Answer]:
-        """Whatever ends this, no image of it is left in the queue."""
-        queued = self._engine.submit(pixels, plan.ask, lane=plan.lane, deadline_s=call.deadline_s)
-        futures = [asyncio.wrap_future(future) for future in queued]
-        try:
-            return await asyncio.gather(*futures)
-        finally:
-            for future in futures:
-                future.cancel()
+        """Whatever ends this, no image of it is left in the queue but those of a shadow."""
+
+        def submit(pixels: Sequence[Tensor], asks: Sequence[Ask]) -> list[asyncio.Future[Answer]]:
+            queued = self._engine.submit(pixels, asks, lane=plan.lane, deadline_s=call.deadline_s)
+            return [asyncio.wrap_future(future) for future in queued]
+
+        return await self._rollouts.answers(pixels, plan, submit)
 
 
 def _became(error: BaseException) -> Became:

@@ -12,6 +12,7 @@ from typing import Literal
 from medley.classifier import Ask
 from medley.routed import ZERO_SHOT
 from service.live import Snapshot
+from service.registry import LIVE
 
 __all__ = ["Plan", "RoutedBy", "make_plan"]
 
@@ -26,6 +27,7 @@ class Plan:
     ask: Ask
     routed_by: RoutedBy
     lane: str  # whose turn it is in the queue: a task, `auto` or `base`
+    follows_live: bool = True  # whether a rollout may try its candidate on these images
 
 
 def make_plan(snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = None) -> Plan:
@@ -45,10 +47,11 @@ def make_plan(snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = N
             return Plan(snapshot, Ask(path=named), "labels", model)
         return Plan(snapshot, Ask(eligible=_eligible(snapshot, labels)), "auto", model)
     if model == "base":
-        return Plan(snapshot, Ask(path=ZERO_SHOT), "explicit", model)
+        return Plan(snapshot, Ask(path=ZERO_SHOT), "explicit", model, follows_live=False)
     task, at, name = model.partition("@")
     resident = snapshot.find(task, name if at else None)
-    return Plan(snapshot, Ask(path=resident.path), "explicit", task)
+    follows_live = not at or name == LIVE
+    return Plan(snapshot, Ask(path=resident.path), "explicit", task, follows_live=follows_live)
 
 
 def _named_by(snapshot: Snapshot, labels: tuple[str, ...] | None) -> int | None:

@@ -25,6 +25,7 @@ from service.live import Key, LabelSet, Leaving, Live, Resident, Snapshot
 from service.loading import Loader
 from service.metrics import Metrics
 from service.registry import Desired, VersionRecord
+from service.rollout_schemas import candidates
 from service.store import BundleStore
 
 __all__ = ["Residency", "protected"]
@@ -147,7 +148,10 @@ class Residency:
             UnavailableError: what has to leave for it is in use for too long.
         """
         with self._counted():
-            return await self._admit(record, await self._loader.prepare(bundle), evict=True)
+            prepared = await self._loader.prepare(bundle)
+            resident = await self._admit(record, prepared, evict=True)
+        self._keep(record, prepared)
+        return resident
 
     def unload(self, key: Key) -> None:
         """Take a version off the device, if it is there; a request for it brings it back.
@@ -165,6 +169,7 @@ class Residency:
 
     def discard(self, resident: Resident) -> None:
         """Unload what was admitted and will not be published."""
+        self._host.drop(resident.record.digest)
         self._unload(resident.path)
 
     def publish(self, desired: Desired, admitted: Resident | None = None) -> None:
@@ -174,6 +179,8 @@ class Residency:
         if admitted is not None:
             residents[admitted.key] = admitted
             failed.pop(admitted.key, None)
+        for record in set(snapshot.desired.versions) - set(desired.versions):
+            self._host.drop(record.digest)
         no_more_protected = protected(snapshot.desired) - protected(desired)
         used = {admitted.key} if admitted else set()
         self._used_s |= dict.fromkeys(used | no_more_protected, time.monotonic())
@@ -207,6 +214,7 @@ class Residency:
         """Bring a registered version to the device and publish it."""
         with self._counted():
             prepared = self._host.get(record.digest) or await self._from_disk(record)
+            self._keep(record, prepared)  # room or not: to ask again must not cost a file each time
             resident = await self._admit(record, prepared, evict=evict)
         desired = self.live.snapshot.desired
         if not _wanted(resident, desired):
@@ -224,26 +232,22 @@ class Residency:
     def _fail(self, record: VersionRecord, error: MedleyError) -> None:
         """Remember that a version cannot be served, unless it is gone."""
         log.error("%s@%s cannot be served: %s", record.task, record.version, error)
+        self._host.drop(record.digest)
         snapshot = self.live.snapshot
         failed = snapshot.failed | {(record.task, record.version): str(error)}
         self._flip(snapshot.desired, snapshot.residents, failed)
 
     async def _admit(self, record: VersionRecord, prepared: Prepared, *, evict: bool) -> Resident:
-        """Load what is prepared, if need be in the place of others.
-
-        It is kept ready even if there is no room now: asking again must not cost a file each time.
-        """
-        here = {one.record.digest for one in self.live.snapshot.residents.values()}
-        self._host.put(record.digest, prepared, on_device=here | {record.digest})
+        """Load what is prepared, if need be in the place of others."""
         async with self._room:
             if evict:
                 await self._make_room(prepared.packed.task)
-            try:
-                path = await self._loader.load(prepared)
-            except BundleError:
-                self._host.drop(record.digest)
-                raise
-        return _resident(record, path, prepared)
+            return _resident(record, await self._loader.load(prepared), prepared)
+
+    def _keep(self, record: VersionRecord, prepared: Prepared) -> None:
+        """Keep a version ready in memory."""
+        here = {one.record.digest for one in self.live.snapshot.residents.values()}
+        self._host.put(record.digest, prepared, on_device=here | {record.digest})
 
     async def _make_room(self, task: PackedTask) -> None:
         """Evict as few of the least recently used as make room, and wait until they are gone.
@@ -305,7 +309,6 @@ class Residency:
         self, desired: Desired, residents: dict[Key, Resident], failed: dict[Key, str]
     ) -> None:
         """Publish what of this is desired, and watch over what leaves."""
-        self._host.keep_only({record.digest for record in desired.versions})
         residents = {key: one for key, one in residents.items() if _wanted(one, desired)}
         self._used_s = {key: used_s for key, used_s in self._used_s.items() if key in residents}
         leaving = self.live.publish(
@@ -372,7 +375,7 @@ def protected(desired: Desired) -> frozenset[Key]:
     Live versions are among them: DDAS may choose any of them for any image.
     """
     named = {(task, v) for task, names in desired.aliases.items() for v in names.values()}
-    return desired.pinned | named
+    return desired.pinned | named | candidates(desired)
 
 
 def _resident(record: VersionRecord, path: int, prepared: Prepared) -> Resident:

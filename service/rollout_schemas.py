@@ -1,12 +1,16 @@
-"""The wire of rollouts: what is wanted of one, and how it stands. No behaviour."""
+"""Rollouts on the wire and in the registry: what is wanted of one, and how it stands."""
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Rollout", "RolloutAnswer"]
+if TYPE_CHECKING:
+    from service.registry import Desired
+
+__all__ = ["Rollout", "RolloutAnswer", "RolloutRecord", "candidates", "read_record"]
 
 
 class Rollout(BaseModel):
@@ -28,6 +32,28 @@ class Rollout(BaseModel):
         default=0.1, ge=0, le=1, description="Share of compared images with another label"
     )
     max_errors: int = Field(default=0, ge=0, description="Images that the candidate may fail")
+
+
+class RolloutRecord(BaseModel):
+    """A rollout as the registry keeps it, as JSON: with the reason, if it has been stopped."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rollout: Rollout
+    stopped: str | None = None
+
+
+@lru_cache(maxsize=1024)
+def read_record(text: str) -> RolloutRecord:
+    """Read what the registry keeps."""
+    return RolloutRecord.model_validate_json(text)
+
+
+def candidates(desired: Desired) -> frozenset[tuple[str, str]]:
+    """Task and version of every candidate that is being tried."""
+    records = {task: read_record(text) for task, text in desired.rollouts.items()}
+    running = {task: record for task, record in records.items() if record.stopped is None}
+    return frozenset((task, record.rollout.version) for task, record in running.items())
 
 
 class RolloutAnswer(BaseModel):

@@ -15,8 +15,11 @@ from service.errors import UnavailableError
 from service.inference import Inference
 from service.labels import LabelCache
 from service.metrics import Metrics
+from service.reservoir import Reservoir
 from service.residency import Residency
+from service.rollouts import Rollouts
 from service.settings import Settings
+from service.signals import Signals
 from service.tasks import Tasks
 
 __all__ = ["CurrentService", "Service", "service_of"]
@@ -34,7 +37,10 @@ class Service:
     labels: LabelCache
     bodies: Bodies
     inference: Inference
+    rollouts: Rollouts
     classification: Classification
+    signals: Signals
+    reservoir: Reservoir
     metrics: Metrics
 
 
@@ -51,4 +57,9 @@ def service_of(request: Request) -> Service:
     return service
 
 
-CurrentService = Annotated[Service, Depends(service_of)]
+async def _current(request: Request) -> Service:
+    """A coroutine, as FastAPI sends plain functions to a thread and back (0.2 ms, 2026-11)."""
+    return service_of(request)
+
+
+CurrentService = Annotated[Service, Depends(_current)]

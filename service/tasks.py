@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 from medley.bundle import Bundle
 from service.errors import ConflictError, PreconditionError, RequestError, StorageError
 from service.live import Key, Live, Snapshot
-from service.metrics import OTHER, ZERO_SHOT_LABEL, Metrics
+from service.metrics import OTHER, ZERO_SHOT_LABEL
 from service.operations import Operations, Started
 from service.overlap import Overlap
 from service.registry import LIVE, Desired, IfMatch, Registry, VersionRecord, now
 from service.residency import Residency
+from service.rollout_schemas import RolloutRecord, candidates, read_record
+from service.signals import Signals
 from service.sources import Sources
 from service.store import BundleStore, Upload
 
@@ -82,7 +84,7 @@ class Tasks:
         sources: Sources,
         residency: Residency,
         overlap: Overlap,
-        metrics: Metrics,
+        signals: Signals,
         max_bundle_bytes: int,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
@@ -91,7 +93,7 @@ class Tasks:
         self._sources = sources
         self._residency = residency
         self._overlap = overlap
-        self._metrics = metrics
+        self._signals = signals
         self._max_bundle_bytes = max_bundle_bytes
         self._on_step = on_step
         self._verifying = asyncio.Lock()  # one bundle at a time is in memory
@@ -200,13 +202,25 @@ class Tasks:
 
         return await self._change(self._promise((task, version or ""), if_match, change))
 
+    async def stop_rollout(self, task: str, record: RolloutRecord) -> None:
+        """Keep why a rollout was stopped, unless it has become another one meanwhile."""
+        desired = self.live.snapshot.desired
+        text = desired.rollouts.get(task)
+        if text is not None and read_record(text).rollout == record.rollout:
+            unchanged = IfMatch(frozenset({desired.changed[task]}))
+            await self.set_rollout(task, record.model_dump_json(), if_match=unchanged)
+
     async def delete_version(
         self, task: str, version: str, *, if_match: IfMatch | None = None
     ) -> Snapshot:
-        """Remove a version that no alias names."""
-        return await self._change(
-            self._drop(lambda: self._registry.delete_version(task, version, if_match=if_match))
-        )
+        """Remove a version that no alias names and no rollout tries."""
+
+        def delete() -> Desired:
+            if (task, version) in candidates(self.live.snapshot.desired):
+                raise ConflictError(f"{task}@{version} is being tried", code="version_in_use")
+            return self._registry.delete_version(task, version, if_match=if_match)
+
+        return await self._change(self._drop(delete))
 
     async def delete_task(self, task: str, *, if_match: IfMatch | None = None) -> Snapshot:
         """Remove a task; requests in flight still get its answers."""
@@ -335,7 +349,7 @@ class Tasks:
         before = self.live.snapshot.desired
         after = await self._apply(change)
         for task in before.tasks.keys() - after.desired.tasks.keys():
-            self._metrics.forget_task(task)
+            self._signals.forget(task)
         for key in before.records.keys() - after.desired.records.keys():
             await self._remove(before.records[key].digest)
         return after

@@ -1,0 +1,99 @@
+"""`/v1/tasks/{task}/rollout`: a candidate version beside the live one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+
+from service import etags
+from service.errors import ConflictError, NotFoundError
+from service.live import Snapshot
+from service.openapi import PROBLEM_RESPONSES
+from service.registry import LIVE
+from service.rollout_schemas import Rollout, RolloutAnswer, RolloutRecord, read_record
+from service.rollouts import Rollouts
+from service.state import CurrentService
+
+__all__ = ["routes"]
+
+routes = APIRouter(prefix="/v1/tasks", tags=["rollouts"], responses=PROBLEM_RESPONSES)
+IfMatchHeader = Annotated[
+    str | None, Header(description="The task's ETag, or *; the change is refused if it is not so")
+]
+
+
+@routes.get("/{task}/rollout")
+async def get_rollout(task: str, service: CurrentService, response: Response) -> RolloutAnswer:
+    """How the task's rollout stands; the counts are this server's own."""
+    snapshot = service.tasks.live.snapshot
+    return _answer(snapshot, task, service.rollouts, response)
+
+
+@routes.put("/{task}/rollout")
+async def start(
+    task: str,
+    wanted: Rollout,
+    service: CurrentService,
+    response: Response,
+    if_match: IfMatchHeader = None,
+) -> RolloutAnswer:
+    """Try a registered version on a share of the live version's images, in place of any other."""
+    snapshot = service.tasks.live.snapshot
+    key = snapshot.key(task, wanted.version)
+    if key[1] != wanted.version:
+        raise NotFoundError(f"{task} has no version {wanted.version}", code="unknown_version")
+    if snapshot.key(task)[1] == wanted.version:
+        raise ConflictError(f"{task}@{wanted.version} is live already", code="version_live")
+    text = RolloutRecord(rollout=wanted).model_dump_json()
+    after = await service.tasks.set_rollout(
+        task, text, version=wanted.version, if_match=etags.if_match(if_match)
+    )
+    return _answer(after, task, service.rollouts, response)
+
+
+@routes.delete("/{task}/rollout", status_code=204)
+async def stop(task: str, service: CurrentService, if_match: IfMatchHeader = None) -> None:
+    """End the rollout; the live version stays."""
+    _record(service.tasks.live.snapshot, task)
+    await service.tasks.set_rollout(task, None, if_match=etags.if_match(if_match))
+
+
+@routes.post("/{task}/rollout:promote")
+async def promote(
+    task: str, service: CurrentService, response: Response, if_match: IfMatchHeader = None
+) -> RolloutAnswer:
+    """Make the candidate live and end the rollout, also one that has been stopped."""
+    record = _record(service.tasks.live.snapshot, task)
+    answer = _answer(service.tasks.live.snapshot, task, service.rollouts, response)
+    version = record.rollout.version
+    await service.tasks.set_alias(task, LIVE, version, if_match=etags.if_match(if_match))
+    after = await service.tasks.set_rollout(task, None)
+    changed = {"live": version, "generation": after.desired.generation}
+    response.headers["ETag"] = etags.etag(after.desired.changed[task])
+    return answer.model_copy(update=changed)
+
+
+def _record(snapshot: Snapshot, task: str) -> RolloutRecord:
+    if task not in snapshot.desired.tasks:
+        raise NotFoundError(f"no task {task}", code="unknown_task")
+    text = snapshot.desired.rollouts.get(task)
+    if text is None:
+        raise NotFoundError(f"{task} has no rollout", code="no_rollout")
+    return read_record(text)
+
+
+def _answer(snapshot: Snapshot, task: str, rollouts: Rollouts, response: Response) -> RolloutAnswer:
+    record = _record(snapshot, task)
+    tally = rollouts.tally(task, record.rollout)
+    response.headers["ETag"] = etags.etag(snapshot.desired.changed[task])
+    return RolloutAnswer(
+        task=task,
+        live=snapshot.desired.live.get(task),
+        rollout=record.rollout,
+        stopped=record.stopped,
+        same=tally.same,
+        different=tally.different,
+        errors=tally.error,
+        generation=snapshot.desired.generation,
+    )
