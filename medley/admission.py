@@ -22,7 +22,7 @@ from medley.precision import ADDED_TOLERANCE
 from medley.routed import PackedTask
 from medley.selector import TaskSelector
 
-__all__ = ["PackedBundle", "admit", "backbone_ref", "pack", "record_self_test", "retire"]
+__all__ = ["PackedBundle", "admit", "backbone_ref", "pack", "prove", "record_self_test", "retire"]
 
 _EXPERTS = ("vision.", "text.")  # how the names of their tensors begin
 
@@ -91,8 +91,16 @@ def pack(bundle: Bundle, classifier: Classifier) -> PackedBundle:
     return PackedBundle(Bundle(bundle.manifest, rest), task, bundle.selector())
 
 
-def admit(bundle: Bundle | PackedBundle, classifier: Classifier) -> int:
+def admit(
+    bundle: Bundle | PackedBundle, classifier: Classifier, *, images: int | None = None
+) -> int:
     """Load a bundle, run its self-test on the real model, and make it routable.
+
+    Args:
+        bundle: what `read_bundle` or `pack` made.
+        classifier: the one that will serve it.
+        images: at least 1, how many of the self-test to run now; the others are for `prove`. None:
+            all of them.
 
     Returns:
         its path.
@@ -107,7 +115,7 @@ def admit(bundle: Bundle | PackedBundle, classifier: Classifier) -> int:
     try:
         classifier.selectors.add(path, packed.selector)
         classifier.prepare()
-        _run_self_test(packed.bundle, classifier, path)
+        prove(packed, classifier, path, slice(images))
     except (BackboneError, ValueError) as error:  # DDAS looks at a feature that is not here
         retire(path, classifier)
         raise BundleError([f"DDAS: {error}"], code="wrong_backbone") from error
@@ -115,6 +123,33 @@ def admit(bundle: Bundle | PackedBundle, classifier: Classifier) -> int:
         retire(path, classifier)
         raise
     return path
+
+
+def prove(packed: PackedBundle, classifier: Classifier, path: int, images: slice) -> None:
+    """Run some images of a bundle's self-test along its path.
+
+    Raises:
+        BundleError: it answers otherwise than when it was made (`self_test_failed`).
+    """
+    tensors, manifest = packed.bundle.tensors, packed.bundle.manifest
+    tolerance = manifest.self_test.tolerance + ADDED_TOLERANCE[classifier.model.precision]
+    logits_NC, scores_N = _answers(
+        classifier,
+        path,
+        tensors["class_text_features"].float(),
+        tensors["self_test.pixels"][images],
+    )
+    checks = (
+        ("logits", logits_NC, tensors["self_test.logits"][images]),
+        ("DDAS scores", scores_N, tensors["self_test.scores"][images]),
+    )
+    problems = [
+        f"self-test: {name} differ by {worst:.3g}, {tolerance:.3g} is allowed"
+        for name, ours, theirs in checks
+        if not (worst := float((ours - theirs).abs().max())) <= tolerance
+    ]
+    if problems:
+        raise BundleError(problems, code="self_test_failed")
 
 
 def retire(path: int, classifier: Classifier) -> None:
@@ -150,29 +185,6 @@ def _check_backbone(bundle: Bundle, classifier: Classifier) -> None:
             problems.append(f"{feature}: made with weights {digest}, here are {extractor.digest}")
     if problems:
         raise BundleError(problems, code="wrong_backbone")
-
-
-def _run_self_test(bundle: Bundle, classifier: Classifier, path: int) -> None:
-    expected_NC = bundle.tensors["self_test.logits"]
-    added = ADDED_TOLERANCE[classifier.model.precision]
-    tolerance = bundle.manifest.self_test.tolerance + added
-    logits_NC, scores_N = _answers(
-        classifier,
-        path,
-        bundle.tensors["class_text_features"].float(),
-        bundle.tensors["self_test.pixels"],
-    )
-    checks = (
-        ("logits", logits_NC, expected_NC),
-        ("DDAS scores", scores_N, bundle.tensors["self_test.scores"]),
-    )
-    problems = [
-        f"self-test: {name} differ by {worst:.3g}, {tolerance:.3g} is allowed"
-        for name, ours, theirs in checks
-        if not (worst := float((ours - theirs).abs().max())) <= tolerance
-    ]
-    if problems:
-        raise BundleError(problems, code="self_test_failed")
 
 
 def _answers(

@@ -71,8 +71,3 @@ class HostTier:
     def drop(self, digest: str) -> None:
         """Let go of a version, if it is here."""
         self._kept.pop(digest, None)
-
-    def keep_only(self, digests: Collection[str]) -> None:
-        """Let go of what is not among `digests`."""
-        for digest in self._kept.keys() - digests:
-            del self._kept[digest]

@@ -10,14 +10,13 @@ import asyncio
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from medley.admission import admit, pack, retire
+from medley.admission import admit, pack, prove, retire
 from medley.bundle import Bundle, read_bundle
 from medley.classifier import Classifier
 from medley.prompts import class_text_features
@@ -31,7 +30,7 @@ __all__ = ["Loader"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-CHUNK = 64  # prompts per job, so that batches run in between
+CHUNK = 16  # prompts per job, so that batches run in between; nobody waits for these
 
 
 class Loader:
@@ -80,11 +79,11 @@ class Loader:
             CapacityError: there is no room for it.
         """
         with self._metrics.bundle_load_s.labels("admit").time():
-            job = self._engine.run(partial(self._admit, prepared))
+            loading = asyncio.ensure_future(self._load(prepared))
             try:
-                return await asyncio.shield(asyncio.wrap_future(job))
+                return await asyncio.shield(loading)
             except asyncio.CancelledError:
-                job.add_done_callback(self._undo)
+                loading.add_done_callback(self._undo)
                 raise
 
     def unload(self, path: int, then: Callable[[], object] = lambda: None) -> None:
@@ -111,14 +110,30 @@ class Loader:
     async def _run(self, job: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._engine.run(job))
 
-    def _undo(self, job: Future[int]) -> None:
-        if not job.cancelled() and job.exception() is None:
-            self.unload(job.result())
+    async def _load(self, prepared: Prepared) -> int:
+        """One forward of the self-test in each job, so that others wait no longer than for that.
+
+        The first is part of the loading: no batch may run before it is known that one can.
+        """
+        packed, size = prepared.packed, self._classifier.max_batch
+        path = await self._run(partial(self._admit, prepared))
+        try:
+            for start in range(size, packed.bundle.manifest.self_test.images, size):
+                rest = slice(start, start + size)
+                await self._run(partial(prove, packed, self._classifier, path, rest))
+        except BaseException:
+            self.unload(path)
+            raise
+        return path
+
+    def _undo(self, loading: asyncio.Future[int]) -> None:
+        if not loading.cancelled() and loading.exception() is None:
+            self.unload(loading.result())
 
     def _admit(self, prepared: Prepared) -> int:
         """Runs on the engine's thread."""
         try:
-            return admit(prepared.packed, self._classifier)
+            return admit(prepared.packed, self._classifier, images=self._classifier.max_batch)
         finally:
             self._measure_slots()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medley.admission import admit, backbone_ref, record_self_test, retire
+from medley.admission import admit, backbone_ref, pack, prove, record_self_test, retire
 from medley.backbone import Backbone
 from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier
@@ -129,6 +129,21 @@ def test_a_bundle_that_answers_otherwise_than_it_did_is_refused_and_unloaded(
     assert refusal.value.code == "self_test_failed"
     assert classifier.selectors.tasks == ()
     admit(bundle, classifier)
+
+
+def test_a_self_test_may_be_run_in_parts_and_each_is_judged(backbone: Backbone) -> None:
+    logits_NC = learnt_bundle(backbone).tensors["self_test.logits"].clone()
+    logits_NC[1] += 1
+    wrong, classifier = (
+        changed(learnt_bundle(backbone), **{"self_test.logits": logits_NC}),
+        fresh(backbone),
+    )
+
+    packed = pack(wrong, classifier)
+    path = admit(packed, classifier, images=1)
+    prove(packed, classifier, path, slice(0, 1))
+    with pytest.raises(BundleError, match="logits differ by 1"):
+        prove(packed, classifier, path, slice(1, 2))
 
 
 def test_a_bundle_whose_ddas_scores_otherwise_is_refused(backbone: Backbone) -> None:

@@ -124,16 +124,17 @@ async def residence(
     slots: int = 64,
     max_host_bytes: int = 2**30,
     unload_s: float = 10.0,
+    batch: int = 4,
 ) -> AsyncIterator[Residence]:
-    """A residency with room for `paths` versions, and `slots` experts in each block."""
+    """A residency with room for `paths` versions, `slots` experts a block, `batch` images."""
     capacity = Capacity(paths=paths, slots=slots)
-    classifier = Classifier(RoutedModel(backbone, capacity=capacity), buckets=(4,))
+    classifier = Classifier(RoutedModel(backbone, capacity=capacity), buckets=(batch,))
     metrics, store = Metrics(), BundleStore(folder)
     engine = Engine(
         classifier.launch,
         blank_CHW=torch.zeros(3, 32, 32, dtype=torch.uint8),
         metrics=metrics,
-        max_batch=4,
+        max_batch=batch,
         max_wait_s=0.0,
         queue_limit=64,
         heartbeat_s=3600.0,

@@ -78,7 +78,8 @@ def test_the_least_recently_used_leaves_and_comes_back_as_it_was(
         assert here.on_device == {"a@1", "c@1"}
         assert [here.tier(key) for key in (A, B, C)] == ["device", "host", "device"]
 
-        here.store.remove(made[B][0].digest)  # it does not need its file now
+        for key in (A, B, C):
+            here.store.remove(made[key][0].digest)  # none needs its file now
         for key in (B, A, C, B):
             assert torch.equal(await here.ask(key), expected[key])
         after = here.residency.live.snapshot.residents[B]
@@ -335,6 +336,24 @@ def test_a_bundle_that_fails_its_self_test_leaves_nothing_behind(
     play(story)
 
 
+def test_a_self_test_that_fails_in_a_later_batch_leaves_nothing_behind(
+    play: Callable[..., None], made: dict[Key, Made]
+) -> None:
+    bundle = made[A][0]
+    logits_NC = bundle.tensors["self_test.logits"].clone()
+    logits_NC[1] += 1
+    wrong = Bundle(bundle.manifest, {**bundle.tensors, "self_test.logits": logits_NC})
+
+    async def story(here: Residence) -> None:
+        with pytest.raises(BundleError, match="logits differ by 1"):
+            await here.residency.admit(record_of(made[A]), wrong)
+        await here.settled()
+        assert not here.model.paths
+        await here.register(made[A][1])
+
+    play(story, batch=1)
+
+
 def record_of(made: Made) -> VersionRecord:
     bundle, data = made
     return VersionRecord(
@@ -449,7 +468,7 @@ def test_the_host_tier_lets_go_of_what_is_on_the_device_first(
     assert tier.get("a") is ready["a"]
     tier.put("b", ready["b"], on_device=())
     assert tier.digests == {"a", "b"}
-    tier.keep_only({"b"})
+    tier.drop("a")
     assert tier.digests == {"b"}
     assert tier.size_bytes == ready["b"].size_bytes
 
