@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.transform import image_transform_v2
 from PIL import Image, ImageOps
 
+from medley.backbone import Backbone, load_backbone
 from medley.errors import ImageError
 from medley.images import DEFAULT_LIMITS, ImageLimits, decode
+from medley.mini import MINI_PREPROCESS
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone()
 
 
 def photo(size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -72,6 +81,18 @@ def test_an_ordinary_image_is_exactly_what_pillow_reads(kind: str) -> None:
     image = decode(data)
     assert image.mode == "RGB"
     assert image.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (500, 375), (128, 128), (129, 127), (3, 90)])
+def test_a_file_becomes_the_tensor_that_open_clip_s_preprocessing_makes_of_it(
+    backbone: Backbone, size: tuple[int, int]
+) -> None:
+    transform = image_transform_v2(MINI_PREPROCESS, is_train=False)
+    for kind in ("JPEG", "PNG"):
+        data = encode(photo(size), kind)
+        expected_CHW = transform(Image.open(io.BytesIO(data)))
+        ours_BCHW = backbone.normalise(backbone.pixels(decode(data))[None])
+        assert torch.equal(ours_BCHW[0], expected_CHW)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -421,5 +421,37 @@ def test_the_openapi_document_names_every_schema_that_it_uses(http: httpx.Client
 
     assert names <= document["components"]["schemas"].keys()
     assert set(document["paths"]["/v1/classify"]["post"]["requestBody"]["content"]) == {
-        *("application/json", "multipart/form-data", "image/*")
+        *("application/json", "multipart/form-data", "image/*", "application/octet-stream")
     }
+
+
+def test_an_alias_answers_as_the_version_it_names(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    with open_app() as http:
+        http.put("/v1/tasks/pets/versions/1", content=make()[1])
+        newer = make(version="2", seed=5)[1]
+        http.put("/v1/tasks/pets/versions/2?activate=false", content=newer)
+        assert http.put("/v1/tasks/pets/aliases/next", json={"version": "2"}).status_code == 200
+
+        def version(model: str) -> str:
+            (result,) = classify(http, image, model=model, labels=None).json()["results"]
+            return str(result["path"]["version"])
+
+        assert [version(m) for m in ("pets", "pets@1", "pets@2", "pets@next")] == [*"1122"]
+        assert classify(http, image, model="pets@last", labels=None).status_code == 404
+
+
+def test_the_union_is_encoded_before_anybody_asks(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    """No request encodes a text of it: none has to wait for that."""
+    with open_app() as http:
+        for task in ("pets", "birds"):
+            content = make(task=task, class_names=(f"{task} one", f"{task} two"), threshold=-1e9)[1]
+            http.put(f"/v1/tasks/{task}/versions/1", content=content)
+        (result,) = classify(http, image, labels=None).json()["results"]
+        encoded_bytes = cast(Any, http).app.state.service.labels.used_bytes
+
+    assert (result["label_set"], len(result["top_k"])) == ("union", 4)
+    assert encoded_bytes == 0
