@@ -77,7 +77,6 @@ RULES: Mapping[str, Mapping[str, Level]] = {
     "/v2/repository/models/{model}/load": {"POST": CHANGE},
     "/v2/repository/models/{model}/unload": {"POST": CHANGE},
 }
-NOT_IN_SCHEMA = frozenset({"/docs", "/openapi.json"})
 _MAX_NAME = 100  # of a foreign query parameter, as far as an answer repeats it
 
 Operation = tuple[str, str]  # method, pattern of the path
@@ -123,6 +122,7 @@ class Gate:
         if not known:
             allowed = sorted({method for path in paths for method in RULES[path]})
             raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
+        scope["operation"] = f"{method} {known[0]}"  # to count what is refused here
         # Two patterns may fit one path: whichever the router takes, the stricter rule holds.
         may(max(RULES[path][method] for path in known), Headers(scope=scope), self._settings)
         names = {name for path in known for name in self._query.get((method, path), ())}

@@ -160,6 +160,7 @@ async def _start(
     stack.callback(store.close)
     registry = LocalRegistry(settings.store / "registry.sqlite", on_step=on_step)
     stack.callback(registry.close)
+    metrics.registry_up.set_function(lambda: registry.up)
     at("loading the model")
     extractors = await asyncio.to_thread(_extractors, settings)
     if backbone is None:
@@ -209,6 +210,10 @@ async def _start(
     candidates = Rollouts(residency.live, metrics, stop=service_tasks.stop_rollout)
     stack.push_async_callback(candidates.close)
     held_bytes = Room(settings.max_inflight_bytes, "bytes")
+    held_images = Room(settings.max_inflight_images, "images")
+    metrics.inflight_bytes.set_function(lambda: held_bytes.used)
+    metrics.inflight_images.set_function(lambda: held_images.used)
+    metrics.decode_backlog_images.set_function(lambda: decoding.waiting)
     fetching = _fetching(settings, held_bytes)
     if fetching is not None:
         stack.push_async_callback(fetching.close)
@@ -217,7 +222,7 @@ async def _start(
         residency=residency,
         decoding=decoding,
         fetching=fetching,
-        room=Room(settings.max_inflight_images, "images"),
+        room=held_images,
         rollouts=candidates,
         signals=signals,
     )

@@ -130,6 +130,17 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        self.inflight_bytes = Gauge(
+            "medley_inflight_bytes", "Bytes of bodies and fetched images", registry=registry
+        )
+        self.inflight_images = Gauge(
+            "medley_inflight_images", "Images taken in and not yet answered", registry=registry
+        )
+        self.decode_backlog_images = Gauge(
+            "medley_decode_backlog_images",
+            "Images given to decode and not ready",
+            registry=registry,
+        )
         self.queue_depth = Gauge("medley_queue_depth", "Images that wait", registry=registry)
         self.queue_oldest_s = Gauge(
             "medley_queue_oldest_seconds", "How long the oldest image has waited", registry=registry
@@ -201,6 +212,11 @@ class Metrics:
         self.overlap_warnings = Counter(
             "medley_overlap_warnings",
             "Tasks that a registered version was found to overlap with",
+            registry=registry,
+        )
+        self.registry_up = Gauge(
+            "medley_registry_up",
+            "Whether the registry could be used when it last was",
             registry=registry,
         )
         self.generation = Gauge(

@@ -163,8 +163,10 @@ def _log(operation: str, status: int, notes: Notes, duration_s: float) -> None:
         "answered": dict(notes.answered),
         "problems": dict(notes.problems),
     }
-    facts = {name: value for name, value in facts.items() if value or name in ("status",)}
-    log.log(level, "%s %d in %.1f ms", operation, status, 1000 * duration_s, extra=facts)
+    facts = {name: value for name, value in facts.items() if value}
+    said = ", ".join(f"{name} {count}" for name, count in (notes.answered + notes.problems).items())
+    words = (operation, status, 1000 * duration_s, f": {said}" if said else "")
+    log.log(level, "%s %d in %.1f ms%s", *words, extra=facts)
 
 
 def _attributes(scope: Scope, status: int, notes: Notes) -> dict[str, str | int]:
@@ -187,4 +189,7 @@ def _request_id(given: str | None) -> str:
 def _operation(scope: Scope) -> str:
     """The route's pattern, never the path: paths are an open set."""
     route = scope.get("route")
-    return f"{scope['method']} {route.path}" if route is not None else "none"
+    if route is not None:
+        return f"{scope['method']} {route.path}"
+    operation: str = scope.get("operation", "none")  # what the gate refused
+    return operation

@@ -188,6 +188,7 @@ class LocalRegistry:
     """
 
     def __init__(self, path: Path, *, on_step: Callable[[str], None] = lambda step: None) -> None:
+        self.up = True  # whether it could be used when it last was
         self._on_step = on_step
         with _registry_errors():
             self._db = sqlite3.connect(
@@ -360,15 +361,20 @@ class LocalRegistry:
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
-        with _registry_errors():
-            self._db.execute(f"BEGIN {kind}")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk may have ended it already
-                    self._db.execute("ROLLBACK")
-                raise
+        try:
+            with _registry_errors():
+                self._db.execute(f"BEGIN {kind}")
+                try:
+                    yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:  # a full disk may have ended it already
+                        self._db.execute("ROLLBACK")
+                    raise
+        except (StorageError, UnavailableError):
+            self.up = False
+            raise
+        self.up = True
 
     def _advance(self, task: str) -> int:
         """Raise the generation; it is that of the task's last change now."""

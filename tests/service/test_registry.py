@@ -271,7 +271,9 @@ def test_a_disk_that_takes_no_change_leaves_what_was_and_later_takes_it(tmp_path
     try:
         with pytest.raises((UnavailableError, StorageError)) as caught:
             registry.register(record("a", "2"), activate=True)
+        assert not registry.up
         assert registry.read() == before
+        assert registry.up
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
