@@ -1,5 +1,6 @@
 """What is there after a process has died, and after it has been asked to stop."""
 
+import itertools
 import json
 import resource
 import signal
@@ -7,8 +8,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import httpx
@@ -16,7 +19,10 @@ import pytest
 
 from service.store import BundleStore
 from tests.service.conftest import ROOT, MakeBundle, OpenApp, ServerProcess, StartServer
+from tests.service.load import loading
+from tests.service.raw import post
 from tests.service.test_classify import classify
+from tests.service.test_start_and_stop import free_port
 from tests.service.test_tasks import put
 
 BEFORE = ["received", "verified", "stored", "admitted", "registry-half", "registry-uncommitted"]
@@ -192,3 +198,87 @@ def test_a_registry_that_cannot_be_written_refuses_changes_and_answers_go_on(
             other.rollback()
         assert len(list((tmp_path / "store" / "bundles").iterdir())) == 1
         assert put(http, make(task="tools", seed=1)[1], "tools").status_code == 201
+
+
+Registered = dict[str, tuple[str, frozenset[str]]]  # live version and all versions of each task
+ONE, TWO = frozenset("1"), frozenset("12")
+CHANGES: list[tuple[str, str, tuple[str, str] | None, Registered]] = [
+    ("PUT", "pets/versions/2", ("pets", "2"), {"pets": ("2", TWO)}),
+    ("POST", "pets:rollback", None, {"pets": ("1", TWO)}),
+    ("PUT", "guest/versions/1", ("guest", "1"), {"pets": ("1", TWO), "guest": ("1", ONE)}),
+    ("DELETE", "pets/versions/2", None, {"pets": ("1", ONE), "guest": ("1", ONE)}),
+    ("DELETE", "guest", None, {"pets": ("1", ONE)}),
+]
+
+
+def test_a_server_killed_under_load_and_change_comes_back_before_or_after_the_change(
+    start_server: StartServer, make: MakeBundle, image: bytes, tmp_path: Path
+) -> None:
+    """Three lives on one store; in the first two, changes never stop until it is killed."""
+    port = f"port={free_port()}"
+    request = post("/v1/classify?model=pets@1", image, content_type="image/png")
+    bundles = {
+        ("pets", "2"): make(version="2", seed=3)[1],
+        ("guest", "1"): make(task="guest", seed=4)[1],
+    }
+    with ExitStack() as stack:
+        server = stack.enter_context(start_server(tmp_path, port))
+        with server.client() as http:
+            put(http, make()[1]).raise_for_status()
+        done = 0
+        with loading(server.url, [("pets@1", request)], clients=3) as tally:
+            for wanted in (4, 8):
+                done += changes_until_killed(server, bundles, done, wanted)
+                server = stack.enter_context(start_server(tmp_path, port))
+                done += check_what_is_left(server, done, image)
+
+    assert set(tally.statuses) == {200}
+    answers = {json.dumps(json.loads(body)["results"]) for _, _, body in tally.answers}
+    assert len(answers) == 1
+    assert tally.again.total() > 0
+
+
+def check_what_is_left(server: ServerProcess, done: int, image: bytes) -> bool:
+    """Returns whether the change after the `done` that were acknowledged is there too."""
+    with server.client() as http:
+        found = registered(http)
+        before, after = (CHANGES[number % len(CHANGES)][3] for number in (done - 1, done))
+        assert found in (before, after)
+        assert not list((server.store / "incoming").iterdir())
+        files = list((server.store / "bundles").iterdir())
+        assert len(files) == sum(len(versions) for _, versions in found.values())
+        for task, (live, _) in found.items():
+            (result,) = classify(http, image, model=task, labels=None).json()["results"]
+            assert result["path"]["version"] == live
+    return found == after
+
+
+def changes_until_killed(
+    server: ServerProcess, bundles: dict[tuple[str, str], bytes], first: int, wanted: int
+) -> int:
+    """Change without a pause; after `wanted` changes are acknowledged, kill. Returns how many."""
+    acknowledged, enough = [], threading.Event()
+
+    def change() -> None:
+        with server.client() as http, suppress(httpx.TransportError):
+            for number in itertools.count(first):
+                method, path, bundle, _ = CHANGES[number % len(CHANGES)]
+                content = bundles[bundle] if bundle else None
+                http.request(method, f"/v1/tasks/{path}", content=content).raise_for_status()
+                acknowledged.append(number)
+                if len(acknowledged) == wanted:
+                    enough.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(change)
+        assert enough.wait(60)
+        server.process.kill()
+        changing.result()
+    server.process.wait()
+    return len(acknowledged)
+
+
+def registered(http: httpx.Client) -> Registered:
+    tasks = http.get("/v1/tasks").json()["tasks"]
+    assert {v["state"] for task in tasks for v in task["versions"]} <= {"live", "ready"}
+    return {t["task"]: (t["live"], frozenset(v["version"] for v in t["versions"])) for t in tasks}
