@@ -132,12 +132,10 @@ def test_a_bundle_that_answers_otherwise_than_it_did_is_refused_and_unloaded(
 
 
 def test_a_self_test_may_be_run_in_parts_and_each_is_judged(backbone: Backbone) -> None:
-    logits_NC = learnt_bundle(backbone).tensors["self_test.logits"].clone()
+    bundle, classifier = learnt_bundle(backbone), fresh(backbone)
+    logits_NC = bundle.tensors["self_test.logits"].clone()
     logits_NC[1] += 1
-    wrong, classifier = (
-        changed(learnt_bundle(backbone), **{"self_test.logits": logits_NC}),
-        fresh(backbone),
-    )
+    wrong = changed(bundle, **{"self_test.logits": logits_NC})
 
     packed = pack(wrong, classifier)
     path = admit(packed, classifier, images=1)
