@@ -69,7 +69,7 @@ def test_a_file_its_base64_and_its_data_uri_give_the_backbone_s_pixels(
     backbone: Backbone, image: bytes
 ) -> None:
     text = base64.b64encode(image).decode()
-    sources = [
+    sources: list[bytes | Base64 | DataUri] = [
         *(image, Base64(text), DataUri(f"data:image/png;base64,{text}")),
         *(DataUri(f"DATA:;BASE64,{text}"), DataUri(f"data:image/png;charset=x;base64,{text}")),
     ]
