@@ -25,6 +25,7 @@ from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.host_tier import HostTier, Prepared
 from service.live import Key, Snapshot
 from service.registry import LIVE, Desired, VersionRecord
+from service.rollout_schemas import Rollout, RolloutRecord
 from tests.service.conftest import MakeBundle
 from tests.service.residence import PIXELS, Residence, residence, truth
 
@@ -101,8 +102,8 @@ def test_without_memory_for_it_a_version_comes_back_from_its_file(
     play(story, max_host_bytes=0)
 
 
-@pytest.mark.parametrize("how", ["live", "alias", "pin"])
-def test_what_is_live_named_or_pinned_never_leaves(
+@pytest.mark.parametrize("how", ["live", "alias", "pin", "rollout"])
+def test_what_is_live_named_tried_or_pinned_never_leaves(
     play: Callable[..., None], made: dict[Key, Made], how: str
 ) -> None:
     async def story(here: Residence) -> None:
@@ -110,6 +111,9 @@ def test_what_is_live_named_or_pinned_never_leaves(
         here.alias(B)
         if how == "pin":
             here.pin(A)
+        elif how == "rollout":
+            text = RolloutRecord(rollout=Rollout(version="1")).model_dump_json()
+            here.want(replace(here.desired, rollouts={"a": text}))
         else:
             here.alias(A, LIVE if how == "live" else "canary")
         before = here.residency.live.snapshot
@@ -120,7 +124,7 @@ def test_what_is_live_named_or_pinned_never_leaves(
         assert len(here.model.paths) == 2
 
         here.pin()
-        here.want(replace(here.desired, aliases={}))
+        here.want(replace(here.desired, aliases={}, rollouts={}))
         await here.register(made[C][1])
         assert "c@1" in here.on_device
 
