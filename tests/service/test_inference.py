@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from starlette.types import Message
 
 from medley.backbone import Backbone
 from service.app import create_app
+from service.live import Leaving
 from service.settings import Settings
 from service.state import Service
 
@@ -239,6 +241,37 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(
                 assert slow.headers["connection"] == "close"
             hasty = Client(app, b"{", ends=False, headers={TIMEOUT_HEADER: "10"})
             assert (await hasty.answer(), hasty.code) == (504, "deadline_passed")
+
+    asyncio.run(run())
+
+
+def test_whenever_clients_leave_nothing_of_them_is_left(
+    tmp_path: Path, backbone: Backbone, image: bytes
+) -> None:
+    """Some hang up, some have little time, some wait: every place and lease comes back."""
+    random = Random(0)
+
+    async def run() -> None:
+        async with running(tmp_path, backbone) as app:
+            leaving, staying = [], []
+            async with held(app):
+                for number in range(90):
+                    headers = (
+                        {TIMEOUT_HEADER: str(random.randint(1, 60))} if number % 3 == 1 else {}
+                    )
+                    client = Client(app, asked(*[image] * random.randint(1, 3)), headers=headers)
+                    (leaving if number % 3 else staying).append(client.start())
+                    if number % 3 == 2:
+                        asyncio.get_running_loop().call_later(random.random() / 20, client.gone.set)
+                await asyncio.gather(*leaving)
+            await asyncio.gather(*staying)
+
+            assert min(images(app, outcome) for outcome in ("ok", "cancelled", "deadline")) > 0
+            assert images(app, "error") == 0
+            for name in ("inflight_bytes", "inflight_images", "decode_backlog_images"):
+                assert value(app, f"medley_{name}") == 0
+            assert value(app, "medley_queue_depth") == 0
+            assert service_of(app).tasks.live.holders(Leaving(path=0, serial=1_000)) == []
 
     asyncio.run(run())
 
