@@ -6,6 +6,8 @@ asked again, as long as it says or with growing pauses. Light to import: no torc
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,21 +16,36 @@ from typing import Any, Self, TypeVar
 
 import httpx
 from httpx_retries import Retry, RetryTransport
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from service import exchanges
-from service.exchanges import Exchange, OnProgress
+from service.exchanges import AwaitedUpload, Exchange, OnProgress
 from service.openai_schemas import EmbeddingsAnswer
 from service.rollout_schemas import Rollout, RolloutAnswer
 from service.route_schemas import RouteResponse
 from service.schemas import ClassifyOptions, ClassifyResponse
-from service.task_schemas import OperationAnswer, RegistrationAnswer, TaskAnswer, TasksAnswer
+from service.signal_schemas import UsageAnswer
+from service.task_schemas import (
+    OperationAnswer,
+    OperationsAnswer,
+    RegistrationAnswer,
+    TaskAnswer,
+    TasksAnswer,
+)
 
-__all__ = ["AsyncClient", "Client", "RefusedError", "StillRunningError", "UnreachableError"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "RefusedError",
+    "StillRunningError",
+    "UnreachableError",
+]
 
 RETRIES = 3
 LONG = 10  # a long change may take this many times the timeout
-_ONCE = Retry(total=0)
+LONGEST_S = 600.0  # that a server lets a registration wait
+LOOK_AGAIN_S = 0.5
 T = TypeVar("T")
 
 
@@ -36,17 +53,23 @@ def _ignore(sent_bytes: int) -> None:
     """Nobody watches."""
 
 
-class RefusedError(Exception):
+class ClientError(Exception):
+    """The server has not done what it was asked for."""
+
+
+class RefusedError(ClientError):
     """The server answered with a problem; `code` and `problems` are the problem's own."""
 
     def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
         super().__init__(problem.get("detail") or f"the server answered {status}")
         self.status = status
         self.code = str(problem.get("code", "unknown"))
-        self.problems: list[str] = list(problem.get("problems", []))
+        problems = problem.get("problems")
+        self.problems: list[str] = problems if isinstance(problems, list) else []
+        self.request_id: str | None = problem.get("request_id")  # the server's log has it too
 
 
-class StillRunningError(Exception):
+class StillRunningError(ClientError):
     """A change takes longer than the client waits; `operation` tells what becomes of it."""
 
     def __init__(self, operation: OperationAnswer) -> None:
@@ -54,8 +77,8 @@ class StillRunningError(Exception):
         self.operation = operation
 
 
-class UnreachableError(Exception):
-    """No answer from the server."""
+class UnreachableError(ClientError):
+    """No answer, or none that a Medley server gives."""
 
 
 class _Calls:
@@ -64,8 +87,13 @@ class _Calls:
     Args:
         url: such as "http://127.0.0.1:8000".
         key: a read or admin key, if the server has one.
-        timeout_s: of every request; a change that loads a bundle may take ten times as long.
-        retries: how often a request is repeated, if repeating it can do no harm.
+        timeout_s: the longest silence of the server; ten times as long for a change that may have
+            to load a bundle.
+        retries: how often a request is repeated. One whose repetition could do harm is repeated
+            only as long as no connection comes about.
+
+    Raises:
+        ValueError: url or key cannot be one.
     """
 
     def __init__(
@@ -76,33 +104,53 @@ class _Calls:
         timeout_s: float = 30.0,
         retries: int = RETRIES,
     ) -> None:
+        self._open(_checked_url(url), _bearer(key))
         self._timeout_s = timeout_s
-        self._wait_s = int(LONG * timeout_s)
-        self._settings: dict[str, Any] = {
-            "base_url": url,
-            "headers": {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
-            "timeout": timeout_s,
-            "transport": RetryTransport(retry=_retry(retries)),
-        }
+        self._wait_s = min(LONG * timeout_s, LONGEST_S)
+        self._retry = Retry(
+            total=retries,
+            allowed_methods=["GET", "PUT", "POST", "DELETE"],
+            status_forcelist=[429, 502, 503],
+            retry_on_exceptions=[httpx.NetworkError, httpx.RemoteProtocolError],
+            backoff_factor=0.2,
+            max_backoff_wait=30.0,  # the longest that a server asks for
+        )
+        # 0 is no status: of an empty list the library makes its own.
+        self._retry_unsent = self._retry.copy_with(
+            status_forcelist=[0], retry_on_exceptions=[httpx.ConnectError]
+        )
 
-    def _options(self, exchange: Exchange[T]) -> dict[str, Any]:
-        options = dict(exchange.options)
-        if exchange.long:
-            options["timeout"] = (LONG + 1) * self._timeout_s
-        if not exchange.again:
-            options["extensions"] = {"retry": _ONCE}
-        return options
+    def _open(self, url: httpx.URL, headers: dict[str, str]) -> None:
+        raise NotImplementedError
+
+    def _options(self, exchange: Exchange[T], if_match: int | None) -> dict[str, Any]:
+        headers = dict(exchange.options.get("headers", {}))
+        if if_match is not None:
+            headers["If-Match"] = f'"{if_match}"'
+        again = exchange.again and if_match is None
+        timeout_s = self._timeout_s + (self._wait_s if exchange.long else 0.0)
+        return {
+            **exchange.options,
+            "headers": headers,
+            # Any number of requests may wait for a connection: that is no silence of the server.
+            "timeout": httpx.Timeout(timeout_s, pool=None),
+            "extensions": {"retry": self._retry if again else self._retry_unsent},
+        }
 
 
 class Client(_Calls):
-    """Talks to one server; a context manager. See `_Calls` for its arguments.
+    """Talks to one server, from any thread; a context manager. See `_Calls` for its arguments.
 
     Every method raises RefusedError where the server answers with a problem, and UnreachableError
-    where it does not answer.
+    where it does not answer. A change with `if_match` is refused (`precondition_failed`) if the
+    task has changed since: it is `TaskAnswer.changed`.
     """
 
+    def _open(self, url: httpx.URL, headers: dict[str, str]) -> None:
+        transport = RetryTransport(httpx.HTTPTransport())
+        self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+
     def __enter__(self) -> Self:
-        self._http = httpx.Client(**self._settings)
         return self
 
     def __exit__(
@@ -111,12 +159,19 @@ class Client(_Calls):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; `with` does the same."""
         self._http.close()
 
-    def send(self, exchange: Exchange[T]) -> T:
+    def send(self, exchange: Exchange[T], *, if_match: int | None = None) -> T:
         """Send one of `service.exchanges`."""
+        options = self._options(exchange, if_match)
+        if exchange.upload is not None:
+            options["content"] = exchange.upload
         with _reached():
-            response = self._http.request(exchange.method, exchange.path, **self._options(exchange))
+            response = self._http.request(exchange.method, exchange.path, **options)
         return _read(exchange, response)
 
     def classify(
@@ -135,6 +190,10 @@ class Client(_Calls):
         """Features of texts, as they are."""
         return self.send(exchanges.embed_texts(texts, model))
 
+    def embed_images(self, images: Sequence[bytes], *, model: str = "base") -> EmbeddingsAnswer:
+        """Features of image files; one that cannot be used fails them all."""
+        return self.send(exchanges.embed_images(images, model))
+
     def tasks(self) -> TasksAnswer:
         """All tasks."""
         return self.send(exchanges.tasks())
@@ -143,6 +202,10 @@ class Client(_Calls):
         """One task."""
         return self.send(exchanges.task(task))
 
+    def usage(self, task: str) -> UsageAnswer:
+        """What a task has used on this server since it started."""
+        return self.send(exchanges.usage(task))
+
     def register(
         self,
         task: str,
@@ -150,6 +213,7 @@ class Client(_Calls):
         bundle: Path,
         *,
         activate: bool = True,
+        if_match: int | None = None,
         on_progress: OnProgress = _ignore,
     ) -> RegistrationAnswer:
         """Upload a bundle as a version of a task; StillRunningError if it takes too long."""
@@ -161,63 +225,92 @@ class Client(_Calls):
                 activate=activate,
                 wait_s=self._wait_s,
                 on_progress=on_progress,
-            )
+            ),
+            if_match=if_match,
         )
 
     def register_from(
-        self, task: str, version: str, source: str, *, activate: bool = True
+        self,
+        task: str,
+        version: str,
+        source: str,
+        *,
+        activate: bool = True,
+        if_match: int | None = None,
     ) -> RegistrationAnswer:
         """Let the server get a bundle from a URL that it allows."""
         return self.send(
-            exchanges.register_from(task, version, source, activate=activate, wait_s=self._wait_s)
+            exchanges.register_from(task, version, source, activate=activate, wait_s=self._wait_s),
+            if_match=if_match,
         )
 
     def operation(self, id: str) -> OperationAnswer:
         """What became of work that outlasted its request."""
         return self.send(exchanges.operation(id))
 
-    def set_alias(self, task: str, alias: str, version: str) -> TaskAnswer:
+    def operations(self) -> OperationsAnswer:
+        """All that the server remembers, latest first."""
+        return self.send(exchanges.operations())
+
+    def ended(self, id: str) -> OperationAnswer:
+        """Ask for an operation until it has ended, well or not."""
+        while True:
+            operation = self.operation(id)
+            if operation.state != "running":
+                return operation
+            time.sleep(LOOK_AGAIN_S)
+
+    def set_alias(
+        self, task: str, alias: str, version: str, *, if_match: int | None = None
+    ) -> TaskAnswer:
         """Let an alias name a version; `live` is one."""
-        return self.send(exchanges.set_alias(task, alias, version))
+        return self.send(exchanges.set_alias(task, alias, version), if_match=if_match)
 
-    def delete_alias(self, task: str, alias: str) -> TaskAnswer:
+    def delete_alias(self, task: str, alias: str, *, if_match: int | None = None) -> TaskAnswer:
         """Forget an alias."""
-        return self.send(exchanges.delete_alias(task, alias))
+        return self.send(exchanges.delete_alias(task, alias), if_match=if_match)
 
-    def rollback(self, task: str) -> TaskAnswer:
+    def rollback(self, task: str, *, if_match: int | None = None) -> TaskAnswer:
         """Make the version live that was live before."""
-        return self.send(exchanges.rollback(task))
+        return self.send(exchanges.rollback(task), if_match=if_match)
 
-    def pin(self, task: str, version: str, *, pinned: bool = True) -> TaskAnswer:
+    def pin(
+        self, task: str, version: str, *, pinned: bool = True, if_match: int | None = None
+    ) -> TaskAnswer:
         """Let a version stay on the device, or no more."""
-        return self.send(exchanges.pin(task, version, pinned=pinned))
+        return self.send(exchanges.pin(task, version, pinned=pinned), if_match=if_match)
 
-    def delete(self, task: str, version: str | None = None) -> None:
+    def delete(self, task: str, version: str | None = None, *, if_match: int | None = None) -> None:
         """Remove a task, or one version of it that no alias names."""
-        self.send(exchanges.delete(task, version))
+        self.send(exchanges.delete(task, version), if_match=if_match)
 
     def rollout(self, task: str) -> RolloutAnswer:
         """How a task's rollout stands."""
         return self.send(exchanges.rollout(task))
 
-    def start_rollout(self, task: str, wanted: Rollout) -> RolloutAnswer:
+    def start_rollout(
+        self, task: str, wanted: Rollout, *, if_match: int | None = None
+    ) -> RolloutAnswer:
         """Try a candidate beside the live version."""
-        return self.send(exchanges.start_rollout(task, wanted))
+        return self.send(exchanges.start_rollout(task, wanted), if_match=if_match)
 
-    def stop_rollout(self, task: str) -> None:
+    def stop_rollout(self, task: str, *, if_match: int | None = None) -> None:
         """End a task's rollout."""
-        self.send(exchanges.stop_rollout(task))
+        self.send(exchanges.stop_rollout(task), if_match=if_match)
 
-    def promote(self, task: str) -> RolloutAnswer:
+    def promote(self, task: str, *, if_match: int | None = None) -> RolloutAnswer:
         """Make a rollout's candidate live."""
-        return self.send(exchanges.promote(task))
+        return self.send(exchanges.promote(task), if_match=if_match)
 
 
 class AsyncClient(_Calls):
     """The same, to be awaited; an asynchronous context manager."""
 
+    def _open(self, url: httpx.URL, headers: dict[str, str]) -> None:
+        transport = RetryTransport(httpx.AsyncHTTPTransport())
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, transport=transport)
+
     async def __aenter__(self) -> Self:
-        self._http = httpx.AsyncClient(**self._settings)
         return self
 
     async def __aexit__(
@@ -226,14 +319,19 @@ class AsyncClient(_Calls):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections; `async with` does the same."""
         await self._http.aclose()
 
-    async def send(self, exchange: Exchange[T]) -> T:
+    async def send(self, exchange: Exchange[T], *, if_match: int | None = None) -> T:
         """Send one of `service.exchanges`."""
+        options = self._options(exchange, if_match)
+        if exchange.upload is not None:
+            options["content"] = AwaitedUpload(exchange.upload)
         with _reached():
-            response = await self._http.request(
-                exchange.method, exchange.path, **self._options(exchange)
-            )
+            response = await self._http.request(exchange.method, exchange.path, **options)
         return _read(exchange, response)
 
     async def classify(
@@ -252,6 +350,12 @@ class AsyncClient(_Calls):
         """Features of texts, as they are."""
         return await self.send(exchanges.embed_texts(texts, model))
 
+    async def embed_images(
+        self, images: Sequence[bytes], *, model: str = "base"
+    ) -> EmbeddingsAnswer:
+        """Features of image files; one that cannot be used fails them all."""
+        return await self.send(exchanges.embed_images(images, model))
+
     async def tasks(self) -> TasksAnswer:
         """All tasks."""
         return await self.send(exchanges.tasks())
@@ -260,6 +364,10 @@ class AsyncClient(_Calls):
         """One task."""
         return await self.send(exchanges.task(task))
 
+    async def usage(self, task: str) -> UsageAnswer:
+        """What a task has used on this server since it started."""
+        return await self.send(exchanges.usage(task))
+
     async def register(
         self,
         task: str,
@@ -267,6 +375,7 @@ class AsyncClient(_Calls):
         bundle: Path,
         *,
         activate: bool = True,
+        if_match: int | None = None,
         on_progress: OnProgress = _ignore,
     ) -> RegistrationAnswer:
         """Upload a bundle as a version of a task; StillRunningError if it takes too long."""
@@ -278,76 +387,127 @@ class AsyncClient(_Calls):
                 activate=activate,
                 wait_s=self._wait_s,
                 on_progress=on_progress,
-            )
+            ),
+            if_match=if_match,
         )
 
     async def register_from(
-        self, task: str, version: str, source: str, *, activate: bool = True
+        self,
+        task: str,
+        version: str,
+        source: str,
+        *,
+        activate: bool = True,
+        if_match: int | None = None,
     ) -> RegistrationAnswer:
         """Let the server get a bundle from a URL that it allows."""
         return await self.send(
-            exchanges.register_from(task, version, source, activate=activate, wait_s=self._wait_s)
+            exchanges.register_from(task, version, source, activate=activate, wait_s=self._wait_s),
+            if_match=if_match,
         )
 
     async def operation(self, id: str) -> OperationAnswer:
         """What became of work that outlasted its request."""
         return await self.send(exchanges.operation(id))
 
-    async def set_alias(self, task: str, alias: str, version: str) -> TaskAnswer:
+    async def operations(self) -> OperationsAnswer:
+        """All that the server remembers, latest first."""
+        return await self.send(exchanges.operations())
+
+    async def ended(self, id: str) -> OperationAnswer:
+        """Ask for an operation until it has ended, well or not."""
+        while True:
+            operation = await self.operation(id)
+            if operation.state != "running":
+                return operation
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def set_alias(
+        self, task: str, alias: str, version: str, *, if_match: int | None = None
+    ) -> TaskAnswer:
         """Let an alias name a version; `live` is one."""
-        return await self.send(exchanges.set_alias(task, alias, version))
+        return await self.send(exchanges.set_alias(task, alias, version), if_match=if_match)
 
-    async def delete_alias(self, task: str, alias: str) -> TaskAnswer:
+    async def delete_alias(
+        self, task: str, alias: str, *, if_match: int | None = None
+    ) -> TaskAnswer:
         """Forget an alias."""
-        return await self.send(exchanges.delete_alias(task, alias))
+        return await self.send(exchanges.delete_alias(task, alias), if_match=if_match)
 
-    async def rollback(self, task: str) -> TaskAnswer:
+    async def rollback(self, task: str, *, if_match: int | None = None) -> TaskAnswer:
         """Make the version live that was live before."""
-        return await self.send(exchanges.rollback(task))
+        return await self.send(exchanges.rollback(task), if_match=if_match)
 
-    async def pin(self, task: str, version: str, *, pinned: bool = True) -> TaskAnswer:
+    async def pin(
+        self, task: str, version: str, *, pinned: bool = True, if_match: int | None = None
+    ) -> TaskAnswer:
         """Let a version stay on the device, or no more."""
-        return await self.send(exchanges.pin(task, version, pinned=pinned))
+        return await self.send(exchanges.pin(task, version, pinned=pinned), if_match=if_match)
 
-    async def delete(self, task: str, version: str | None = None) -> None:
+    async def delete(
+        self, task: str, version: str | None = None, *, if_match: int | None = None
+    ) -> None:
         """Remove a task, or one version of it that no alias names."""
-        await self.send(exchanges.delete(task, version))
+        await self.send(exchanges.delete(task, version), if_match=if_match)
 
     async def rollout(self, task: str) -> RolloutAnswer:
         """How a task's rollout stands."""
         return await self.send(exchanges.rollout(task))
 
-    async def start_rollout(self, task: str, wanted: Rollout) -> RolloutAnswer:
+    async def start_rollout(
+        self, task: str, wanted: Rollout, *, if_match: int | None = None
+    ) -> RolloutAnswer:
         """Try a candidate beside the live version."""
-        return await self.send(exchanges.start_rollout(task, wanted))
+        return await self.send(exchanges.start_rollout(task, wanted), if_match=if_match)
 
-    async def stop_rollout(self, task: str) -> None:
+    async def stop_rollout(self, task: str, *, if_match: int | None = None) -> None:
         """End a task's rollout."""
-        await self.send(exchanges.stop_rollout(task))
+        await self.send(exchanges.stop_rollout(task), if_match=if_match)
 
-    async def promote(self, task: str) -> RolloutAnswer:
+    async def promote(self, task: str, *, if_match: int | None = None) -> RolloutAnswer:
         """Make a rollout's candidate live."""
-        return await self.send(exchanges.promote(task))
+        return await self.send(exchanges.promote(task), if_match=if_match)
 
 
-def _retry(retries: int) -> Retry:
-    """Where the server says when to come again, then; a request that timed out is not repeated."""
-    return Retry(
-        total=retries,
-        allowed_methods=["GET", "PUT", "POST", "DELETE"],
-        status_forcelist=[429, 502, 503],
-        retry_on_exceptions=[httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError],
-        backoff_factor=0.2,
-        max_backoff_wait=10.0,
-    )
+def _checked_url(url: str) -> httpx.URL:
+    """The message does not repeat the URL: there may be a password in it."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"this is no URL of a server: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError("a server's URL begins with http:// or https:// and a host")
+    return parsed
+
+
+def _bearer(key: SecretStr | None) -> dict[str, str]:
+    """The header for a key; one that no header takes would be shown in the error."""
+    if key is None:
+        return {}
+    text = key.get_secret_value()
+    if not (text.isascii() and text.isprintable() and " " not in text and text):
+        raise ValueError("a key is of printable ASCII without spaces")
+    return {"Authorization": f"Bearer {text}"}
 
 
 def _read(exchange: Exchange[T], response: httpx.Response) -> T:
     if response.is_error:
         raise RefusedError(response.status_code, _problem(response))
-    if response.status_code == httpx.codes.ACCEPTED:
-        raise StillRunningError(OperationAnswer.model_validate_json(response.content))
-    return exchange.read(response.content)
+    try:
+        if response.status_code == httpx.codes.ACCEPTED:
+            raise StillRunningError(OperationAnswer.model_validate_json(response.content))
+        if response.is_success:
+            return exchange.read(response.content)
+    except ValidationError as error:
+        raise _foreign(response) from error
+    raise _foreign(response)
+
+
+def _foreign(response: httpx.Response) -> UnreachableError:
+    return UnreachableError(
+        f"what answers there is no Medley server of this version: "
+        f"{response.status_code} to {response.request.method} {response.request.url.path}"
+    )
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:
@@ -365,7 +525,7 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
 def _reached() -> Iterator[None]:
     try:
         yield
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise UnreachableError(
             f"no answer from the server: {str(error) or type(error).__name__}"
         ) from error

@@ -5,6 +5,7 @@ No I/O: `service/client.py` sends them, waiting or awaiting. Light to import: no
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +18,27 @@ from service.openai_schemas import EmbeddingsAnswer
 from service.rollout_schemas import Rollout, RolloutAnswer
 from service.route_schemas import RouteResponse
 from service.schemas import ClassifyOptions, ClassifyResponse
-from service.task_schemas import OperationAnswer, RegistrationAnswer, TaskAnswer, TasksAnswer
+from service.signal_schemas import UsageAnswer
+from service.task_schemas import (
+    OperationAnswer,
+    OperationsAnswer,
+    RegistrationAnswer,
+    TaskAnswer,
+    TasksAnswer,
+)
 
 __all__ = [
+    "AwaitedUpload",
     "Exchange",
     "OnProgress",
+    "Upload",
     "classify",
     "delete",
     "delete_alias",
+    "embed_images",
     "embed_texts",
     "operation",
+    "operations",
     "pin",
     "promote",
     "register",
@@ -39,6 +51,7 @@ __all__ = [
     "stop_rollout",
     "task",
     "tasks",
+    "usage",
 ]
 
 CHUNK_BYTES = 1024 * 1024
@@ -47,28 +60,17 @@ Model = TypeVar("Model", bound=BaseModel)
 OnProgress = Callable[[int], None]  # hears how many bytes went since it last heard
 
 
-@dataclass(frozen=True)
-class Exchange(Generic[T]):
-    """One request, and what its answer's body means; `options` are httpx's.
-
-    `long` is a change that may take minutes; `again` tells whether a failed attempt may be
-    repeated as it is.
-    """
-
-    method: str
-    path: str
-    read: Callable[[bytes], T]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    long: bool = False
-    again: bool = True
-
-
 class Upload:
-    """A file's bytes for httpx, from the start each time they are asked for."""
+    """A file's bytes for httpx, from the start each time they are asked for.
+
+    Raises:
+        OSError: there is no such file.
+    """
 
     def __init__(self, path: Path, on_progress: OnProgress) -> None:
         self._path = path
         self._on_progress = on_progress
+        self.size_bytes = path.stat().st_size
 
     def __iter__(self) -> Iterator[bytes]:
         with self._path.open("rb") as file:
@@ -76,9 +78,33 @@ class Upload:
                 yield chunk
                 self._on_progress(len(chunk))
 
+
+class AwaitedUpload:
+    """An upload for those who await; httpx takes what can do both for one that cannot."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self:  # a local disk: not worth a thread
+        for chunk in self._upload:  # a local disk: not worth a thread
             yield chunk
+
+
+@dataclass(frozen=True)
+class Exchange(Generic[T]):
+    """One request, and what its answer's body means; `options` are httpx's.
+
+    `long` is a change that may have to bring a version to the device first; `again` tells whether
+    a second attempt does no harm, and is answered like the first, after one whose answer was lost.
+    """
+
+    method: str
+    path: str
+    read: Callable[[bytes], T]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    upload: Upload | None = None
+    long: bool = False
+    again: bool = True
 
 
 def classify(images: Sequence[bytes], options: ClassifyOptions) -> Exchange[ClassifyResponse]:
@@ -88,13 +114,19 @@ def classify(images: Sequence[bytes], options: ClassifyOptions) -> Exchange[Clas
 
 def route(images: Sequence[bytes], options: ClassifyOptions) -> Exchange[RouteResponse]:
     """Ask which path each image would take."""
-    asked = options.model_copy(update={"templates": None})
-    return _with_images("/v1/route", images, asked, RouteResponse, only={"model", "labels"})
+    return _with_images("/v1/route", images, options, RouteResponse, only={"model", "labels"})
 
 
 def embed_texts(texts: Sequence[str], model: str) -> Exchange[EmbeddingsAnswer]:
     """Ask for the features of texts, as they are."""
     body = {"model": model, "input": list(texts), "modality": "text"}
+    return Exchange("POST", "/v1/embeddings", _model(EmbeddingsAnswer), {"json": body})
+
+
+def embed_images(images: Sequence[bytes], model: str) -> Exchange[EmbeddingsAnswer]:
+    """Ask for the features of image files; one that cannot be used fails them all."""
+    inputs = [f"data:image/*;base64,{base64.b64encode(image).decode()}" for image in images]
+    body = {"model": model, "input": inputs, "modality": "image"}
     return Exchange("POST", "/v1/embeddings", _model(EmbeddingsAnswer), {"json": body})
 
 
@@ -108,24 +140,36 @@ def task(name: str) -> Exchange[TaskAnswer]:
     return Exchange("GET", _task(name), _model(TaskAnswer))
 
 
+def usage(name: str) -> Exchange[UsageAnswer]:
+    """What a task has used."""
+    return Exchange("GET", _task(name, "usage"), _model(UsageAnswer))
+
+
 def register(
-    name: str, version: str, bundle: Path, *, activate: bool, wait_s: int, on_progress: OnProgress
+    name: str, version: str, bundle: Path, *, activate: bool, wait_s: float, on_progress: OnProgress
 ) -> Exchange[RegistrationAnswer]:
     """Upload a bundle as a version of a task."""
+    upload = Upload(bundle, on_progress)
     options = {
-        "content": Upload(bundle, on_progress),
         "headers": {
             "Content-Type": "application/octet-stream",
-            "Content-Length": str(bundle.stat().st_size),
+            "Content-Length": str(upload.size_bytes),
         },
         "params": {"activate": activate, "wait": wait_s},
     }
-    path = _task(name, "versions", version)
-    return Exchange("PUT", path, _model(RegistrationAnswer), options, long=True, again=False)
+    return Exchange(
+        "PUT",
+        _task(name, "versions", version),
+        _model(RegistrationAnswer),
+        options,
+        upload=upload,
+        long=True,
+        again=False,
+    )
 
 
 def register_from(
-    name: str, version: str, source: str, *, activate: bool, wait_s: int
+    name: str, version: str, source: str, *, activate: bool, wait_s: float
 ) -> Exchange[RegistrationAnswer]:
     """Let the server get a bundle from a URL that it allows."""
     options = {"json": {"source": source}, "params": {"activate": activate, "wait": wait_s}}
@@ -138,33 +182,39 @@ def operation(id: str) -> Exchange[OperationAnswer]:
     return Exchange("GET", f"/v1/operations/{quote(id, safe='')}", _model(OperationAnswer))
 
 
+def operations() -> Exchange[OperationsAnswer]:
+    """All operations that the server remembers."""
+    return Exchange("GET", "/v1/operations", _model(OperationsAnswer))
+
+
 def set_alias(name: str, alias: str, version: str) -> Exchange[TaskAnswer]:
     """Let an alias name a version; `live` is one."""
-    return Exchange(
-        "PUT", _task(name, "aliases", alias), _model(TaskAnswer), {"json": {"version": version}}
-    )
+    path, body = _task(name, "aliases", alias), {"version": version}
+    return Exchange("PUT", path, _model(TaskAnswer), {"json": body}, long=True)
 
 
 def delete_alias(name: str, alias: str) -> Exchange[TaskAnswer]:
     """Forget an alias."""
-    return Exchange("DELETE", _task(name, "aliases", alias), _model(TaskAnswer))
+    return Exchange("DELETE", _task(name, "aliases", alias), _model(TaskAnswer), again=False)
 
 
 def rollback(name: str) -> Exchange[TaskAnswer]:
-    """Make the version live that was live before; not repeated, as it would go back twice."""
-    return Exchange("POST", f"{_task(name)}:rollback", _model(TaskAnswer), again=False)
+    """Make the version live that was live before; a second attempt would go back twice."""
+    path = f"{_task(name)}:rollback"
+    return Exchange("POST", path, _model(TaskAnswer), long=True, again=False)
 
 
 def pin(name: str, version: str, *, pinned: bool) -> Exchange[TaskAnswer]:
     """Let a version stay on the device, or no more."""
     method = "PUT" if pinned else "DELETE"
-    return Exchange(method, _task(name, "versions", version, "pin"), _model(TaskAnswer))
+    path = _task(name, "versions", version, "pin")
+    return Exchange(method, path, _model(TaskAnswer), long=True)
 
 
 def delete(name: str, version: str | None) -> Exchange[None]:
     """Remove a task, or one version of it."""
     path = _task(name) if version is None else _task(name, "versions", version)
-    return Exchange("DELETE", path, _nothing)
+    return Exchange("DELETE", path, _nothing, again=False)
 
 
 def rollout(name: str) -> Exchange[RolloutAnswer]:
@@ -175,17 +225,19 @@ def rollout(name: str) -> Exchange[RolloutAnswer]:
 def start_rollout(name: str, wanted: Rollout) -> Exchange[RolloutAnswer]:
     """Try a candidate beside the live version."""
     body = wanted.model_dump(mode="json")
-    return Exchange("PUT", _task(name, "rollout"), _model(RolloutAnswer), {"json": body})
+    path = _task(name, "rollout")
+    return Exchange("PUT", path, _model(RolloutAnswer), {"json": body}, long=True)
 
 
 def stop_rollout(name: str) -> Exchange[None]:
     """End a task's rollout."""
-    return Exchange("DELETE", _task(name, "rollout"), _nothing)
+    return Exchange("DELETE", _task(name, "rollout"), _nothing, again=False)
 
 
 def promote(name: str) -> Exchange[RolloutAnswer]:
     """Make a rollout's candidate live."""
-    return Exchange("POST", f"{_task(name, 'rollout')}:promote", _model(RolloutAnswer), again=False)
+    path = f"{_task(name, 'rollout')}:promote"
+    return Exchange("POST", path, _model(RolloutAnswer), long=True, again=False)
 
 
 def _with_images(
@@ -196,6 +248,8 @@ def _with_images(
     *,
     only: set[str] | None = None,
 ) -> Exchange[Model]:
+    if not images:
+        raise ValueError("no images")  # httpx would send another kind of form
     files = [("file", (str(index), image)) for index, image in enumerate(images)]
     chosen = options.model_dump(exclude_none=True, include=only)
     form = {name: _text(value) for name, value in chosen.items()}
