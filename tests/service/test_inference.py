@@ -253,7 +253,8 @@ def test_whenever_clients_leave_nothing_of_them_is_left(
 
     async def run() -> None:
         async with running(tmp_path, backbone) as app:
-            leaving, staying = [], []
+            leaving: list[asyncio.Task[None]] = []
+            staying: list[asyncio.Task[None]] = []
             async with held(app):
                 for number in range(90):
                     headers = (
