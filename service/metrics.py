@@ -48,6 +48,7 @@ class Metrics:
         self._task_series = task_series
         self._own: set[str] = set()  # tasks with series of their own
         self._folded: set[str] = set()  # tasks counted as `other`
+        self.exists: Callable[[str], bool] = lambda task: True
         self.requests = Counter(
             "medley_requests",
             "HTTP requests by operation and status",
@@ -241,11 +242,16 @@ class Metrics:
         self.images.labels(self.task_label(task), route, outcome).inc()
 
     def task_label(self, task: str | None) -> str:
-        """The label of a task; None is zero-shot."""
+        """The label of a task; None is zero-shot.
+
+        One that does not exist any more is `other`: no series comes back after `forget_task`.
+        """
         if task is None:
             return ZERO_SHOT_LABEL
-        if task == OTHER or task in self._own:
+        if task in self._own:
             return task
+        if not self.exists(task):
+            return OTHER
         if len(self._own) >= self._task_series:
             self._folded.add(task)
             return OTHER

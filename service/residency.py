@@ -23,7 +23,7 @@ from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.host_tier import HostTier, Prepared
 from service.live import Key, LabelSet, Leaving, Live, Resident, Snapshot
 from service.loading import Loader
-from service.metrics import Metrics
+from service.metrics import OTHER, Metrics
 from service.registry import Desired, VersionRecord
 from service.rollout_schemas import candidates
 from service.store import BundleStore
@@ -345,12 +345,14 @@ class Residency:
     def _measure(self) -> None:
         """Say what is where; before each scrape."""
         snapshot, metrics = self.live.snapshot, self._metrics
-        tiers = {key: snapshot.tier(key) for key in snapshot.desired.records}
         metrics.bundle_resident.clear()
-        for (task, version), tier in tiers.items():
+        for task, version in snapshot.desired.records:
+            tier = snapshot.tier((task, version))
             if tier != "disk":
                 pinned = "true" if (task, version) in snapshot.desired.pinned else "false"
-                metrics.bundle_resident.labels(task, version, tier, pinned).set(1)
+                label = metrics.task_label(task)
+                shown = version if label == task else OTHER  # versions beyond the cap are added up
+                metrics.bundle_resident.labels(label, shown, tier, pinned).inc()
         on_device = sum(one.size_bytes for one in snapshot.residents.values())
         metrics.bundle_bytes.labels("device").set(on_device)
         metrics.bundle_bytes.labels("host").set(self._host.size_bytes)

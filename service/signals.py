@@ -17,7 +17,7 @@ from medley.errors import ImageError
 from service.engine import Answer
 from service.intake import ImageSource
 from service.live import Live, Resident
-from service.metrics import OTHER, ZERO_SHOT_LABEL, Metrics
+from service.metrics import ZERO_SHOT_LABEL, Metrics
 from service.notes import noted
 from service.planning import Plan
 from service.registry import now
@@ -49,18 +49,20 @@ class Signals:
         self._metrics = metrics
         self._reservoir = reservoir
         self.since = now()
-        self._used: dict[str | None, Used] = {}  # by task; None is zero-shot
+        self._used: dict[str, Used] = {}
         self.total = Used()
+        metrics.exists = self._exists
 
     def answered(self, answer: Answer, plan: Plan, image: ImageSource) -> None:
         """Count an image that has been answered; maybe keep it, if no task claims it."""
         resident = plan.snapshot.by_path.get(answer.path)
-        task = self._name(resident)
+        task = resident.record.task if resident else None
         forward_s = answer.forward_s / answer.batch_images
         self._metrics.count_image(task, plan.routed_by, "ok")
         self._metrics.task_forward_s.labels(self._metrics.task_label(task)).inc(forward_s)
-        self._used.setdefault(task, Used()).add(forward_s)
         self.total.add(forward_s)
+        if task is not None and self._exists(task):
+            self._used.setdefault(task, Used()).add(forward_s)
         noted().answered[task or ZERO_SHOT_LABEL] += 1
         if plan.routed_by == "auto":
             self._decided(answer, plan, resident, image)
@@ -119,15 +121,11 @@ class Signals:
         if nearest is not None:
             margin = nearest.threshold - answer.scores.get(nearest.path, math.nan)
             if math.isfinite(margin):  # a task that accepts everything has no margin
-                label = self._metrics.task_label(self._name(nearest))
+                label = self._metrics.task_label(nearest.record.task)
                 self._metrics.router_margin.labels(label).observe(margin)
 
-    def _name(self, resident: Resident | None) -> str | None:
-        """The task to count under: its own name as long as it exists."""
-        if resident is None:
-            return None
-        task = resident.record.task
-        return task if task in self._live.snapshot.desired.tasks else OTHER
+    def _exists(self, task: str) -> bool:
+        return task in self._live.snapshot.desired.tasks
 
 
 def _nearest(answer: Answer, plan: Plan) -> Resident | None:

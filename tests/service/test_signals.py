@@ -163,6 +163,25 @@ class TestSeriesOfTasksThatAreGone:
         assert named == {OTHER}
 
 
+def test_beyond_the_cap_a_server_counts_tasks_together(
+    open_app: OpenApp, make: MakeBundle, image: bytes
+) -> None:
+    with open_app(task_series=2) as http:
+        for number in range(4):
+            bundle = make(task=f"t{number}", threshold=NEVER)[1]
+            http.put(f"/v1/tasks/t{number}/versions/1", content=bundle).raise_for_status()
+            classify(http, image, model=f"t{number}")
+        text = http.get("/metrics").text
+        together = value(
+            http, "medley_bundle_resident", task=OTHER, version=OTHER, tier="device", pinned="false"
+        )
+        folded = value(http, "medley_folded_tasks")
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+
+    assert {s.labels["task"] for s in samples if "task" in s.labels} == {"t0", "t1", OTHER}
+    assert (together, folded) == (2, 2)
+
+
 def test_a_client_that_leaves_is_counted_once_as_such(
     server: ServerProcess, http: httpx.Client
 ) -> None:

@@ -181,7 +181,7 @@ def test_a_bundle_whose_selector_looks_at_what_is_not_there_is_refused(
 def test_a_bundle_under_another_name_is_refused(http: httpx.Client, make: MakeBundle) -> None:
     data = make(task="named")[1]
 
-    for task, version in (("other", "1"), ("named", "2")):
+    for task, version in (("another", "1"), ("named", "2")):
         response = put(http, data, task, version)
         assert (response.status_code, response.json()["code"]) == (422, "name_mismatch")
 
