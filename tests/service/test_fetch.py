@@ -1,6 +1,7 @@
 """Images by URL: what is fetched, what is refused, and to which address a connection goes."""
 
 import asyncio
+import base64
 import socket
 import ssl
 import threading
@@ -12,10 +13,12 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from pydantic import ValidationError
 
 from service.errors import BusyError, FetchError
 from service.fetch import Fetching, Network, Resolve, is_public
 from service.room import Room
+from service.settings import Settings
 from tests.service.conftest import OpenApp
 
 PICTURE = b"\x89PNG and so on"
@@ -30,6 +33,7 @@ class Pictures(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[dict[str, str]] = []  # headers
+        self.content = PICTURE
         self.let_go = threading.Event()
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
@@ -45,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         getattr(self, url.path.strip("/"))(parse_qs(url.query))
 
     def picture(self, query: dict[str, list[str]]) -> None:
-        self._answer(200, PICTURE)
+        self._answer(200, self.server.content)
 
     def missing(self, query: dict[str, list[str]]) -> None:
         self._answer(404, PICTURE)
@@ -302,3 +306,29 @@ def test_urls_are_off_by_default(open_app: OpenApp, pictures: Pictures) -> None:
 
     assert (response.status_code, response.json()["code"]) == (422, "url_refused")
     assert pictures.asked == []
+
+
+def test_where_urls_are_allowed_a_fetched_image_is_answered_like_its_bytes(
+    open_app: OpenApp, pictures: Pictures, image: bytes
+) -> None:
+    pictures.content = image
+    sources = [
+        {"url": pictures.url("/picture")},
+        {"bytes_b64": base64.b64encode(image).decode()},
+        {"url": pictures.url("/missing")},
+        {"url": pictures.url("/picture", "[::1]")},
+    ]
+    with open_app(image_urls=True, image_url_networks="127.0.0.0/8,10.0.0.0/8") as http:
+        response = http.post("/v1/classify", json={"images": sources, "labels": ["a", "b"]})
+
+    assert response.status_code == 200
+    fetched, given, missing, elsewhere = response.json()["results"]
+    assert fetched == given
+    assert missing["error"]["code"] == "fetch_failed"
+    assert elsewhere["error"]["code"] == "url_refused"
+
+
+@pytest.mark.parametrize("networks", ["10.0.0.0/8,x", "10.0.0.1/8", "localhost"])
+def test_a_network_that_is_none_is_a_wrong_setting(networks: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"image_url_networks": networks})
