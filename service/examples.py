@@ -49,7 +49,7 @@ _TASK = {
     "changed": 3,
     "generation": 3,
 }
-_OPERATION = {
+_OPERATION: dict[str, Any] = {
     "id": "1f8a6b0e5d6c4f0fa8d3f1c2b3a49586",
     "kind": "register",
     "task": "flowers",

@@ -40,27 +40,38 @@ _TIMEOUT: dict[str, Any] = {
 }
 
 
-def _query(options: type[BaseModel]) -> list[dict[str, Any]]:
-    """Options as query parameters: for bodies that have no room for them."""
-    schemas = options.model_json_schema()["properties"]
-    return [{"name": n, "in": "query", "schema": schema} for n, schema in schemas.items()]
+def _plain_options() -> dict[str, Any]:
+    """The options of a classification as text has them: absent, but never null."""
+    schemas = ClassifyOptions.model_json_schema()["properties"]
+    plain = {}
+    for name, schema in schemas.items():
+        some, *_ = schema.pop("anyOf", [{}])
+        plain[name] = schema | some
+        if plain[name].get("default", "") is None:
+            del plain[name]["default"]
+    return plain
 
 
 CLASSIFY_BODY: dict[str, Any] = {
-    "parameters": [*_query(ClassifyOptions), _TIMEOUT],
+    "parameters": [
+        *({"name": n, "in": "query", "schema": schema} for n, schema in _plain_options().items()),
+        _TIMEOUT,
+    ],
     "requestBody": {
         "required": True,
         "content": {
             _JSON: {"schema": {"$ref": _REF.format(model="ClassifyRequest")}},
             "multipart/form-data": {
                 "schema": {
-                    "allOf": [
-                        {"$ref": _REF.format(model="ClassifyOptions")},
-                        {"type": "object", "properties": {"file": _BINARY}, "required": ["file"]},
-                    ]
+                    "type": "object",
+                    "properties": _plain_options()
+                    | {"file": {"type": "array", "items": _BINARY, "minItems": 1}},
+                    "required": ["file"],
+                    "additionalProperties": False,
                 }
             },
             "image/*": {"schema": _BINARY},
+            "application/octet-stream": {"schema": _BINARY},
         },
     },
 }
@@ -80,7 +91,6 @@ OPENAI_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"description": "A problem in OpenAI's shape", "model": ErrorAnswer}
 }
 _MODELS: list[type[BaseModel]] = [  # those that only a reference names
-    ClassifyOptions,
     ClassifyRequest,
     EmbeddingsRequest,
     IndexRequest,
