@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: install format lint types imports test bench bench-gpu run demo check
+.PHONY: install format lint types imports test bench bench-gpu fuzz run demo check
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -27,6 +27,8 @@ bench: install
 bench-gpu: install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/medley bench speed --device cuda --out runs/speed-gpu
+fuzz: install
+	$(BIN)/python -m tests.fuzz
 run: install
 	$(BIN)/medley serve
 demo: install

@@ -60,7 +60,7 @@ def serve(app: FastAPI, settings: Settings, *, on_ready: Callable[[str], None]) 
         server_header=False,
         access_log=False,
         log_config=None,
-        log_level="warning",
+        log_level="error",  # its warnings are one line for each malformed request
     )
     if config.workers > 1:
         raise ServiceError(

@@ -71,10 +71,18 @@ class Raw:
             raise ConnectionResetError("closed within an answer")
         return Answer(int(status_line.split()[1]), headers, body)
 
+    def end(self) -> None:
+        """Send nothing more."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def rest(self) -> bytes:
+        """Wait for the server to close; what it has said until then."""
+        return self._file.read()
+
     def is_closed(self) -> bool:
         """Wait for the server to close; whether it did so without another byte."""
         try:
-            return self._file.read() == b""
+            return self.rest() == b""
         except ConnectionResetError:
             return True
 
