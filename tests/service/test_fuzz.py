@@ -26,8 +26,12 @@ ONLINE: dict[str, Callable[[str], Target]] = {
     "uploads": Uploads,
 }
 COUNT = {
-    **{"images": 3000, "bundles": 3000, "resealed": 150},
-    **{"served": 8, "requests": 300, "uploads": 50},
+    "images": 3000,
+    "bundles": 3000,
+    "resealed": 150,
+    "served": 8,
+    "requests": 300,
+    "uploads": 50,
 }
 
 
