@@ -10,13 +10,11 @@ from medley.bundle import read_bundle
 from medley.classifier import Ask, Classifier
 from service.bench.bare import Bare
 from service.bench.cells import Site
+from service.bench.names import ALONE, BARE, BARE_PIXELS, MEDLEY, SATURATED
 from service.bench.served import FIRST
-from service.bench.sites import COLUMN, Sites
+from service.bench.sites import Sites
 
-__all__ = ["ALONE", "BARE", "BARE_PIXELS", "SATURATED", "measure_beside_bare"]
-
-SATURATED, ALONE = "beside bare, saturated", "beside bare, alone"  # benches of the journal
-BARE, BARE_PIXELS = "bare loop", "bare loop, decoded before"
+__all__ = ["measure_beside_bare"]
 
 
 def measure_beside_bare(
@@ -37,15 +35,15 @@ def measure_beside_bare(
     images = [image.read_bytes() for image in sites.images[site.form]]
     asks = [Ask(paths[pick // len(images)]) for pick in picks]
     bare = Bare(classifier, images, asks)
-    saturated: dict[str, list[float]] = {COLUMN: [], BARE: [], BARE_PIXELS: []}
-    alone: dict[str, list[float]] = {COLUMN: [], BARE: [], BARE_PIXELS: []}
+    saturated: dict[str, list[float]] = {MEDLEY: [], BARE: [], BARE_PIXELS: []}
+    alone: dict[str, list[float]] = {MEDLEY: [], BARE: [], BARE_PIXELS: []}
     bare.rate(sites.plan.warm_up_s)
     for _ in range(sites.plan.rounds):
         saturated[BARE].append(1 / bare.rate(sites.plan.saturation_s))
-        saturated[COLUMN].append(1 / sites.saturate(requests, picks).throughput_hz)
+        saturated[MEDLEY].append(1 / sites.saturate(requests, picks).throughput_hz)
         saturated[BARE_PIXELS].append(1 / bare.rate_decoded(sites.plan.saturation_s))
         alone[BARE] += bare.alone_s(sites.plan.alone)
-        alone[COLUMN] += sites.saturate(requests, picks, visitors=1).latencies_s
+        alone[MEDLEY] += sites.saturate(requests, picks, visitors=1).latencies_s
         alone[BARE_PIXELS] += bare.alone_decoded_s(sites.plan.alone)
     for path in paths:
         retire(path, classifier)

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from medley.journal import Measurement
 from medley.markdown import NOTHING, table
 from medley.rows import Quartiles, Row, rows_of
-from service.bench.beside import ALONE, BARE, SATURATED
-from service.bench.rival import AGREEMENT, BATCHED, INFINITY, RIVAL, RIVAL_LOAD, TOLERANCE
-from service.bench.sites import COLUMN, LOAD, SATURATION
+from service.bench.names import (
+    AGREEMENT,
+    ALONE,
+    BARE,
+    BATCHED,
+    INFINITY,
+    LOAD,
+    MEDLEY,
+    RIVAL,
+    RIVAL_LOAD,
+    SATURATED,
+    SATURATION,
+    TOLERANCE,
+)
 
 __all__ = ["Goal", "goals_of", "goals_table"]
 
@@ -48,7 +59,7 @@ def goals_table(goals: Sequence[Goal]) -> str:
 
 def _beside_bare(lines: Sequence[Measurement]) -> Iterator[Goal]:
     for row in rows_of(lines, SATURATED):
-        ratio = row.ratio(COLUMN, BARE)
+        ratio = row.ratio(MEDLEY, BARE)
         if ratio is not None:
             yield Goal(
                 f"HTTP at saturation takes at most {OVER_BARE_PERCENT} % longer for an image than "
@@ -60,7 +71,7 @@ def _beside_bare(lines: Sequence[Measurement]) -> Iterator[Goal]:
 
 def _alone(lines: Sequence[Measurement]) -> Iterator[Goal]:
     for row in rows_of(lines, ALONE):
-        http, bare = row.time_s(COLUMN), row.time_s(BARE)
+        http, bare = row.time_s(MEDLEY), row.time_s(BARE)
         if http and bare:
             yield Goal(
                 f"one request at a time, over HTTP less bare, p50, {_where(row)}",
@@ -71,11 +82,11 @@ def _alone(lines: Sequence[Measurement]) -> Iterator[Goal]:
 
 def _p99(lines: Sequence[Measurement]) -> Iterator[Goal]:
     for row in rows_of(lines, LOAD):
-        p99_s = row.p99_s(COLUMN)
+        p99_s = row.p99_s(MEDLEY)
         if p99_s and all(row.conditions.get(key) == value for key, value in HEADLINE.items()):
             yield Goal(
                 f"p99 at 80 % of saturation, {_where(row)}",
-                f"{1e3 * p99_s:.1f} ms, of {len(row.columns[COLUMN].times_s)}",
+                f"{1e3 * p99_s:.1f} ms, of {len(row.columns[MEDLEY].times_s)}",
             )
 
 
@@ -88,7 +99,7 @@ def _beside_infinity(lines: Sequence[Measurement]) -> Iterator[Goal]:
             apart <= TOLERANCE,
         )
     for row in rows_of(lines, RIVAL):
-        for name in (COLUMN, BATCHED):
+        for name in (MEDLEY, BATCHED):
             ratio = row.ratio(INFINITY, name)
             if ratio is not None:
                 yield Goal(

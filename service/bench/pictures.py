@@ -12,9 +12,17 @@ from PIL import Image
 
 from medley.journal import Measurement
 from medley.rows import Row, rows_of
-from service.bench.beside import BARE, BARE_PIXELS, SATURATED
-from service.bench.rival import BATCHED, INFINITY, RIVAL
-from service.bench.sites import COLUMN, LOAD, SATURATION
+from service.bench.names import (
+    BARE,
+    BARE_PIXELS,
+    BATCHED,
+    INFINITY,
+    LOAD,
+    MEDLEY,
+    RIVAL,
+    SATURATED,
+    SATURATION,
+)
 
 __all__ = ["PICTURES"]
 
@@ -80,7 +88,7 @@ def _draw_load(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _points(rows: Sequence[Row], value: str) -> tuple[list[int], list[float]]:
-    found = [(int(row.conditions["load"]), row.value(COLUMN, value)) for row in rows]
+    found = [(int(row.conditions["load"]), row.value(MEDLEY, value)) for row in rows]
     known = [(load, 1e3 * time_s) for load, time_s in found if time_s is not None]
     return [load for load, _ in known], [time_ms for _, time_ms in known]
 
@@ -88,7 +96,7 @@ def _points(rows: Sequence[Row], value: str) -> tuple[list[int], list[float]]:
 def _site_bars(lines: Sequence[Measurement]) -> list[Bar]:
     bars = []
     for row in rows_of(lines, SATURATION):
-        at, rate_hz = row.conditions, row.value(COLUMN, "throughput_hz")
+        at, rate_hz = row.conditions, row.value(MEDLEY, "throughput_hz")
         bars.append((f"{at['images']}, {at['tasks']} tasks, {at['mix']}", rate_hz or 0.0, "C0"))
     return bars
 
@@ -106,7 +114,7 @@ def _rival_bars(lines: Sequence[Measurement]) -> list[Bar]:
     return [
         (f"{row.conditions['backbone']}, {row.conditions['images']}: {name}", 1 / time.median, hue)
         for row in rows_of(lines, RIVAL)
-        for name, hue in ((COLUMN, "C0"), (BATCHED, "C2"), (INFINITY, "C1"))
+        for name, hue in ((MEDLEY, "C0"), (BATCHED, "C2"), (INFINITY, "C1"))
         if (time := row.time_s(name))
     ]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from medley.files import write_whole
 from medley.journal import Measurement, read_lines
 from service.bench.goals import Goal, goals_of, goals_table
+from service.bench.names import SERVED
 from service.bench.pictures import PICTURES
-from service.bench.run import SERVED
 from service.bench.sections import SECTIONS
 
 __all__ = ["REPORT", "write_report"]

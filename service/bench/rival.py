@@ -26,29 +26,23 @@ from service.bench.hf_clip import write_hf_clip
 from service.bench.images import Form, write_images
 from service.bench.load import Load, LoadError, Ready
 from service.bench.measure import Outcome, Timing, closed_loop, open_loop
+from service.bench.names import (
+    AGREEMENT,
+    BATCHED,
+    INFINITY,
+    MEDLEY,
+    RIVAL,
+    RIVAL_LOAD,
+    TOLERANCE,
+)
 from service.bench.served import Served
 from service.bench.servers import Server, infinity_server, medley_server
-from service.bench.sites import COLUMN, OnStep
+from service.bench.sites import OnStep
 
-__all__ = [
-    "AGREEMENT",
-    "BATCHED",
-    "INFINITY",
-    "RIVAL",
-    "RIVAL_LOAD",
-    "TOLERANCE",
-    "measure_beside_infinity",
-]
+__all__ = ["measure_beside_infinity"]
 
-RIVAL, RIVAL_LOAD, AGREEMENT = (
-    "beside infinity, saturated",
-    "beside infinity, same load",
-    "beside infinity, agreement",
-)
-INFINITY, BATCHED = "infinity", "medley, batches"
 MODEL = "base"  # what both serve it as
 BATCHES = (1, 2, 4, 8, 16)  # infinity takes up to 32 at a time
-TOLERANCE = 1e-4
 LOAD_PERCENT = 80
 
 
@@ -188,7 +182,7 @@ def _ours(
 ) -> dict[str, dict[str, str | int | float]]:
     """Settings of our servers: as they are measured everywhere, and with batches as infinity."""
     chosen = replace(served, backbone=architecture, weights=weights)
-    found = {COLUMN: chosen}
+    found = {MEDLEY: chosen}
     if chosen.buckets == (1,):
         found[BATCHED] = replace(chosen, buckets=BATCHES, precision="fp32")
     return {name: one.settings(1) for name, one in found.items()}

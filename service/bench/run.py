@@ -11,15 +11,14 @@ from service.bench.beside import measure_beside_bare
 from service.bench.cells import Plan, Site
 from service.bench.images import write_images
 from service.bench.load import Load, visiting
+from service.bench.names import MEDLEY, SERVED
 from service.bench.rival import measure_beside_infinity
 from service.bench.served import FIRST, Served, register, write_tasks
 from service.bench.servers import medley_server
 from service.bench.sites import OnStep, Sites
 from service.bench.traffic import Mix
 
-__all__ = ["SERVED", "measure"]
-
-SERVED = "served"  # the line that says with which settings
+__all__ = ["measure"]
 
 
 def measure(
@@ -43,7 +42,7 @@ def measure(
         LoadError: a server or the visitors' process fails.
         BackboneError: there is no such backbone.
     """
-    journal.add(SERVED, served.conditions, "medley")
+    journal.add(SERVED, served.conditions, MEDLEY)
     with tempfile.TemporaryDirectory(prefix="medley-bench-") as name, visiting() as load:
         folder = Path(name)
         _measure_load(journal, plan, served, folder, load, on_step)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["STAGES", "Scrape", "between", "scrape"]
+from service.bench.names import STAGES
 
-STAGES = ("decode", "queue", "forward", "head")
-Sample = tuple[str, tuple[tuple[str, str], ...]]
+__all__ = ["Sample", "Scrape", "between", "scrape"]
+
+Sample = tuple[str, tuple[tuple[str, str], ...]]  # name, sorted labels
 
 
 @dataclass(frozen=True)

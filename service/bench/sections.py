@@ -7,10 +7,18 @@ from collections.abc import Callable, Sequence
 from medley.journal import Measurement
 from medley.markdown import NOTHING, table
 from medley.rows import Row, rows_of
-from service.bench.beside import ALONE, BARE, BARE_PIXELS, SATURATED
-from service.bench.rival import RIVAL, RIVAL_LOAD
-from service.bench.scrape import STAGES
-from service.bench.sites import COLUMN, LOAD, SATURATION
+from service.bench.names import (
+    ALONE,
+    BARE,
+    BARE_PIXELS,
+    LOAD,
+    MEDLEY,
+    RIVAL,
+    RIVAL_LOAD,
+    SATURATED,
+    SATURATION,
+    STAGES,
+)
 
 __all__ = ["SECTIONS"]
 
@@ -21,7 +29,7 @@ INSIDE = (*(f"{stage} ms" for stage in STAGES), "batch", "server cpu ms", "visit
 
 def _saturation(lines: Sequence[Measurement]) -> str:
     rows = [
-        (*_at(row, *SITE), f"{row.value(COLUMN, 'throughput_hz') or 0:.1f}", *_inside(row))
+        (*_at(row, *SITE), f"{row.value(MEDLEY, 'throughput_hz') or 0:.1f}", *_inside(row))
         for row in rows_of(lines, SATURATION)
     ]
     return table((*SITE, "images/s", *INSIDE), rows) if rows else ""
@@ -31,8 +39,8 @@ def _load(lines: Sequence[Measurement]) -> str:
     rows = [
         (
             *_at(row, *SITE, "swaps", "load"),
-            *_rates(row, COLUMN),
-            *_latency(row, COLUMN),
+            *_rates(row, MEDLEY),
+            *_latency(row, MEDLEY),
             *_inside(row),
         )
         for row in rows_of(lines, LOAD)
@@ -46,7 +54,7 @@ def _swaps(lines: Sequence[Measurement]) -> str:
     rows = []
     for row in rows_of(lines, LOAD):
         before = quiet.get(_site_and_load(row))
-        times_s = row.columns[COLUMN].series.get("swap_s", ())
+        times_s = row.columns[MEDLEY].series.get("swap_s", ())
         if _swapless(row) or before is None or not times_s:
             continue
         middle_s = sorted(times_s)[len(times_s) // 2]
@@ -70,7 +78,7 @@ def _beside_bare(lines: Sequence[Measurement]) -> str:
     rows = []
     for bench in (SATURATED, ALONE):
         for row in rows_of(lines, bench):
-            times = [row.time_s(name) for name in (COLUMN, BARE, BARE_PIXELS)]
+            times = [row.time_s(name) for name in (MEDLEY, BARE, BARE_PIXELS)]
             cells = [f"{1e3 * time.median:.2f}" if time else NOTHING for time in times]
             rows.append((bench.partition(", ")[2], *_at(row, *SITE), *cells))
     head = ("", *SITE, "HTTP", BARE, BARE_PIXELS)
@@ -142,9 +150,9 @@ def _latency(row: Row, name: str) -> tuple[str, ...]:
 
 
 def _inside(row: Row) -> tuple[str, ...]:
-    batch = row.value(COLUMN, "batch_images")
+    batch = row.value(MEDLEY, "batch_images")
     stages = (_ms(row, f"{stage}_s", form=".2f") for stage in STAGES)
-    return (*stages, f"{batch:.1f}" if batch else NOTHING, *_cpu(row, COLUMN)[:2])
+    return (*stages, f"{batch:.1f}" if batch else NOTHING, *_cpu(row, MEDLEY)[:2])
 
 
 def _cpu(row: Row, name: str) -> tuple[str, ...]:
@@ -156,6 +164,6 @@ def _cpu(row: Row, name: str) -> tuple[str, ...]:
     )
 
 
-def _ms(row: Row, value: str, name: str = COLUMN, *, form: str = ".1f") -> str:
+def _ms(row: Row, value: str, name: str = MEDLEY, *, form: str = ".1f") -> str:
     found = row.value(name, value)
     return NOTHING if found is None else f"{1e3 * found:{form}}"

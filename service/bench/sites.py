@@ -12,16 +12,15 @@ from service.bench.cells import Cell, Plan, Site
 from service.bench.images import Form
 from service.bench.load import Load, Ready
 from service.bench.measure import Outcome, Timing, closed_loop, open_loop
+from service.bench.names import LOAD, MEDLEY, SATURATION
 from service.bench.scrape import between, scrape
 from service.bench.served import name_of
 from service.bench.servers import Server
 from service.bench.swaps import swapping
 from service.bench.traffic import choices
 
-__all__ = ["COLUMN", "LOAD", "SATURATION", "OnStep", "Sites"]
+__all__ = ["OnStep", "Sites"]
 
-LOAD, SATURATION = "load", "saturation"  # benches of the journal
-COLUMN = "medley"
 OnStep = Callable[[int], object]
 PICKS = 20_000  # drawn once a site; more visits go round again
 
@@ -113,7 +112,7 @@ class Sites:
         self.journal.add(
             bench,
             conditions,
-            COLUMN,
+            MEDLEY,
             times_s=outcome.latencies_s,
             values=outcome.values,
             series=series,

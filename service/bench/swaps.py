@@ -6,64 +6,85 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import httpx
 
 from service.bench.load import LoadError
 
-__all__ = ["Swapped", "swapping"]
+__all__ = ["Swaps", "swapping"]
 
 EVERY_S = 1.0
 
 
-@dataclass
-class Swapped:
-    """How long each swap took, from the first byte of the bundle until it was live."""
+class Swaps:
+    """Two versions of a task that take each other's place; the first is live."""
 
-    times_s: list[float] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    def __init__(self, client: httpx.Client, task: str, versions: Mapping[str, bytes]) -> None:
+        self.times_s: list[float] = []  # of each, from its bundle's first byte until it was live
+        self._client, self._versions = client, versions
+        self._live, self._other = versions
+        self._first = self._live
+        self._at = f"/v1/tasks/{task}/versions"
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the first version is live again."""
+        return self._live == self._first
+
+    def swap(self) -> None:
+        """Register the other version, live at once, and remove the one that was.
+
+        Raises:
+            LoadError: the server refuses.
+        """
+        start_s = time.perf_counter()
+        self._send("PUT", self._other, self._versions[self._other])
+        self.times_s.append(time.perf_counter() - start_s)
+        self._send("DELETE", self._live)
+        self._live, self._other = self._other, self._live
+
+    def _send(self, method: str, version: str, body: bytes = b"") -> None:
+        try:
+            answer = self._client.request(method, f"{self._at}/{version}", content=body)
+        except httpx.TransportError as error:
+            raise LoadError(f"a swap got no answer: {error}") from error
+        if not answer.is_success:
+            raise LoadError(f"a swap was refused: {answer.text}")
 
 
 @contextmanager
-def swapping(url: str, task: str, versions: Mapping[str, bytes]) -> Iterator[Swapped]:
-    """Register the versions in turn, one a second, each live at once, and remove the one before.
+def swapping(url: str, task: str, versions: Mapping[str, bytes]) -> Iterator[Swaps]:
+    """Swap once a second while the block runs, and once more if that leaves the second live.
 
     Args:
-        url: of the server; the first version is live.
-        task: whose.
-        versions: two bundles by version.
+        url: of the server.
+        task: whose versions.
+        versions: two bundles by version; the first is live.
 
     Raises:
         LoadError: the server refused a swap.
     """
-    swapped, over = Swapped(), threading.Event()
-    thread = threading.Thread(target=_swap, args=(url, task, versions, swapped, over))
-    thread.start()
+    over, failures = threading.Event(), list[LoadError]()
+    with httpx.Client(base_url=url, timeout=60) as client:
+        swaps = Swaps(client, task, versions)
+        thread = threading.Thread(target=_every_second, args=(swaps, over, failures))
+        thread.start()
+        try:
+            yield swaps
+        finally:
+            over.set()
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _every_second(swaps: Swaps, over: threading.Event, failures: list[LoadError]) -> None:
+    start_s, count = time.monotonic(), 1
     try:
-        yield swapped
-    finally:
-        over.set()
-        thread.join()
-    if swapped.failures:
-        raise LoadError(f"a swap failed: {swapped.failures[0]}")
-
-
-def _swap(
-    url: str, task: str, versions: Mapping[str, bytes], swapped: Swapped, over: threading.Event
-) -> None:
-    one, other = versions
-    start_s, count = time.monotonic(), 0
-    with httpx.Client(base_url=f"{url}/v1/tasks/{task}/versions", timeout=60) as client:
-        # An even number of them, so that the first version is live again at the end.
-        while not (over.wait(start_s + EVERY_S * (count + 1) - time.monotonic()) and not count % 2):
-            new, old = (one, other) if count % 2 else (other, one)
-            begun_s = time.perf_counter()
-            try:
-                client.put(f"/{new}", content=versions[new]).raise_for_status()
-                swapped.times_s.append(time.perf_counter() - begun_s)
-                client.delete(f"/{old}").raise_for_status()
-            except httpx.HTTPError as error:
-                swapped.failures.append(str(error))
-                return
+        while not over.wait(max(0.0, start_s + EVERY_S * count - time.monotonic())):
+            swaps.swap()
             count += 1
+        if not swaps.at_rest:
+            swaps.swap()
+    except LoadError as error:
+        failures.append(error)

@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
+from typer.main import get_group
+
+from medley.cli import merge
 
 MEDLEY = Path(sys.executable).parent / "medley"
 
@@ -37,3 +42,35 @@ def test_an_error_is_one_line_without_a_traceback() -> None:
     assert answer.stdout == ""
     assert len(answer.stderr.strip().splitlines()) == 1
     assert "no/such/folder" in answer.stderr
+
+
+def test_a_group_that_several_packages_have_is_one_group() -> None:
+    answer = medley("bench", "--help")
+    assert answer.returncode == 0
+    for command in ("speed", "mtil", "serve"):  # the trainer's and the service's
+        assert f" {command} " in answer.stdout
+
+
+def group(*commands: str) -> TyperGroup:
+    """A command line with a group `bench` of such commands."""
+    inner = typer.Typer()
+    inner.callback()(lambda: None)
+    for name in commands:
+        inner.command(name)(lambda: None)
+    outer = typer.Typer()
+    outer.callback()(lambda: None)
+    outer.add_typer(inner, name="bench")
+    return get_group(outer)
+
+
+def test_groups_of_one_name_are_merged_and_keep_their_commands() -> None:
+    one = group("fast")
+    merge(one, group("slow"))
+    bench = one.commands["bench"]
+    assert isinstance(bench, TyperGroup)
+    assert bench.commands.keys() == {"fast", "slow"}
+
+
+def test_two_commands_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two packages have a command 'fast'"):
+        merge(group("fast"), group("fast"))
