@@ -19,7 +19,7 @@ from service.app import create_app
 from service.notes import Notes
 from service.settings import Settings
 from service.tracing import Trace, Untraced, make_tracing, read_traceparent
-from tests.service.conftest import MakeBundle, OpenApp
+from tests.service.conftest import MakeBundle, OpenApp, StartServer
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GIVEN = f"00-{TRACE}-{SPAN}-01"
@@ -164,27 +164,25 @@ class TestWithTheExtra:
         assert (span.trace.trace_id, span.trace.sampled) == (TRACE, False)
         assert not exporter.get_finished_spans()
 
-    def test_spans_reach_a_collector_that_the_environment_names(
-        self, monkeypatch: pytest.MonkeyPatch
+    def test_a_server_sends_its_spans_to_the_collector_that_the_environment_names(
+        self, start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+        """A process of its own, stopped by SIGTERM: what is still here goes out at the end."""
         wire = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
         with collector() as (url, bodies):
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
             monkeypatch.setenv("OTEL_SERVICE_NAME", "medley-test")
-            tracing = make_tracing("otlp")
-            notes = Notes()
-            notes.ended("decode", 0.01)
-            span = tracing.begin(None, "")
-            span.end("GET /x", {"http.response.status_code": 503}, notes.stages)
-            tracing.close()
-        request = wire.ExportTraceServiceRequest.FromString(b"".join(bodies))
-        (sent,) = request.resource_spans
-        attributes = {a.key: a.value.string_value for a in sent.resource.attributes}
-        names = [span.name for scope in sent.scope_spans for span in scope.spans]
+            with start_server(tmp_path, "tracing=otlp") as server, server.client() as http:
+                http.get("/v1/tasks", headers={"traceparent": GIVEN}).raise_for_status()
+        requests = [wire.ExportTraceServiceRequest.FromString(body) for body in bodies]
+        resources = [resource for request in requests for resource in request.resource_spans]
+        spans = [s for r in resources for scope in r.scope_spans for s in scope.spans]
+        (ours,) = [span for span in spans if span.trace_id.hex() == TRACE]
 
-        assert attributes["service.name"] == "medley-test"
-        assert sorted(names) == ["GET /x", "decode"]
+        for resource in resources:
+            named = {a.key: a.value.string_value for a in resource.resource.attributes}
+            assert named["service.name"] == "medley-test"
+        assert (ours.name, ours.parent_span_id.hex()) == ("GET /v1/tasks", SPAN)
 
     def test_a_collector_that_is_not_there_holds_nobody_up(
         self, monkeypatch: pytest.MonkeyPatch
