@@ -14,6 +14,7 @@ from service.call import TIMEOUT_HEADER
 from service.examples import EXAMPLES, Example
 from service.openai_schemas import EmbeddingsRequest, ErrorAnswer
 from service.problems import PROBLEM_JSON
+from service.rollout_schemas import Rollout
 from service.schemas import ClassifyOptions, ClassifyRequest, Problem
 from service.v2_schemas import IndexRequest, InferRequest, LoadRequest, UnloadRequest, V2Problem
 
@@ -97,6 +98,7 @@ _MODELS: list[type[BaseModel]] = [  # those that only a reference names
     InferRequest,
     LoadRequest,
     Problem,
+    Rollout,
     UnloadRequest,
     V2Problem,
 ]

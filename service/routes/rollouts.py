@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from service import etags
 from service.errors import ConflictError, NotFoundError
+from service.json_bodies import read_json
 from service.live import Snapshot
-from service.openapi import PROBLEM_RESPONSES
+from service.openapi import PROBLEM_RESPONSES, json_body
 from service.registry import LIVE
 from service.rollout_schemas import Rollout, RolloutAnswer, RolloutRecord, read_record
 from service.rollouts import Rollouts
@@ -30,15 +31,16 @@ async def get_rollout(task: str, service: CurrentService, response: Response) ->
     return _answer(snapshot, task, service.rollouts, response)
 
 
-@routes.put("/{task}/rollout")
+@routes.put("/{task}/rollout", openapi_extra=json_body(Rollout))
 async def start(
     task: str,
-    wanted: Rollout,
+    request: Request,
     service: CurrentService,
     response: Response,
     if_match: IfMatchHeader = None,
 ) -> RolloutAnswer:
     """Try a registered version on a share of the live version's images, in place of any other."""
+    wanted = await read_json(Rollout, request, service)
     snapshot = service.tasks.live.snapshot
     key = snapshot.key(task, wanted.version)
     if key[1] != wanted.version:

@@ -5,16 +5,14 @@ A model is whatever `/v1/classify` takes as `model`; its input are image files.
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from service.call import call_of, until_gone
 from service.errors import ConflictError, RequestError, UnavailableError
 from service.infer import Body, answered, asked_of
-from service.intake import check_counts, checked
+from service.intake import check_counts
+from service.json_bodies import read_json
 from service.live import Key, Snapshot
 from service.metrics import package_version
 from service.openapi import V2_RESPONSES, json_body
@@ -41,7 +39,6 @@ __all__ = ["routes"]
 routes = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=V2_RESPONSES)
 EXTENSIONS = ["binary_tensor_data", "model_repository", "parameters"]
 JSON_SIZE = "Inference-Header-Content-Length"
-Model = TypeVar("Model", bound=BaseModel)
 OWN = ("auto", "base")  # models that are no task
 
 
@@ -119,7 +116,7 @@ async def infer_by_version(
 )
 async def repository_index(request: Request, service: CurrentService) -> Response:
     """All versions of all tasks; READY is what is on the device."""
-    asked = await _read(IndexRequest, request, service)
+    asked = await read_json(IndexRequest, request, service, empty=b"{}")
     snapshot = service.tasks.live.snapshot
     entries = [IndexEntry(name=name, state="READY") for name in OWN]
     entries += [_entry(snapshot, key) for key in snapshot.desired.records]
@@ -134,7 +131,7 @@ async def repository_index(request: Request, service: CurrentService) -> Respons
 )
 async def load(model: str, request: Request, service: CurrentService) -> dict[str, str]:
     """Bring a registered version to the device; also one that failed before."""
-    await _read(LoadRequest, request, service)
+    await read_json(LoadRequest, request, service, empty=b"{}")
     key = service.tasks.live.snapshot.key_of(model)
     if key is not None:
         await service.residency.bring(key, again=True)
@@ -149,7 +146,7 @@ async def unload(model: str, request: Request, service: CurrentService) -> dict[
 
     A version that is live, pinned or named by an alias stays: 409.
     """
-    await _read(UnloadRequest, request, service)
+    await read_json(UnloadRequest, request, service, empty=b"{}")
     snapshot = service.tasks.live.snapshot
     key = snapshot.key_of(model)
     if key is None:
@@ -190,13 +187,6 @@ async def _infer(model: str, selector: str, request: Request, service: Service) 
         return Response(answer.content, media_type="application/json", headers=headers)
     headers[JSON_SIZE] = str(answer.json_bytes)
     return Response(answer.content, media_type="application/octet-stream", headers=headers)
-
-
-async def _read(kind: type[Model], request: Request, service: Service) -> Model:
-    """The body of a request of the repository, which may be empty."""
-    call = call_of(request, service.settings)
-    with service.bodies.open(request, call) as bounded:
-        return checked(kind, await bounded.body() or b"{}")
 
 
 def _entry(snapshot: Snapshot, key: Key) -> IndexEntry:

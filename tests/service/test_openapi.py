@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import iter_route_contexts
 from jsonschema_rs import validator_for
 
 from service.app import create_app
@@ -32,6 +33,14 @@ def document() -> dict[str, Any]:
 def test_the_written_document_is_the_true_one() -> None:
     """`python -m service.openapi_file docs/openapi.json` writes it."""
     assert WRITTEN.read_text() == document_text()
+
+
+def test_no_route_lets_the_framework_read_its_body() -> None:
+    """It would read to the end, however long that is; ours are bounded in bytes and time."""
+    app = create_app(Settings())
+    read = [r.path for r in iter_route_contexts(app.routes) if getattr(r, "body_field", None)]
+
+    assert read == []
 
 
 def test_every_operation_is_named_and_documents_its_problems(document: dict[str, Any]) -> None:
