@@ -164,9 +164,8 @@ def test_a_registration_can_be_left_alone_and_asked_for_later(
 
 
 @pytest.mark.parametrize("wait", ["-1", "601", "nan", "inf", "long"])
-def test_a_wait_that_makes_no_sense_is_refused(open_app: OpenApp, wait: str) -> None:
-    with open_app() as http:
-        response = http.put(f"/v1/tasks/pets/versions/1?wait={wait}", content=b"")
+def test_a_wait_that_makes_no_sense_is_refused(http: httpx.Client, wait: str) -> None:
+    response = http.put(f"/v1/tasks/pets/versions/1?wait={wait}", content=b"")
 
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 

@@ -12,7 +12,9 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from service.errors import RequestError
 from service.settings import Settings
+from service.sources import Sources, check_prefix
 from tests.service.conftest import MakeBundle, OpenApp
 
 
@@ -70,9 +72,7 @@ def test_a_server_without_sources_fetches_nothing(open_app: OpenApp, tmp_path: P
         "x",
     ],
 )
-def test_no_address_leads_out_of_the_sources(
-    open_app: OpenApp, tmp_path: Path, source: str
-) -> None:
+def test_no_address_leads_out_of_the_sources(tmp_path: Path, source: str) -> None:
     shelf = tmp_path / "shelf"
     for folder in (shelf, tmp_path / "shelf-other"):
         folder.mkdir()
@@ -80,11 +80,21 @@ def test_no_address_leads_out_of_the_sources(
     (tmp_path / "secret").write_bytes(b"secret")
     (shelf / "link").symlink_to(tmp_path / "secret")
     (shelf / "folder-link").symlink_to(tmp_path)
-    with open_app(bundle_sources=f"file://{shelf}") as http:
-        response = fetch(http, source.format(shelf=f"file://{shelf}"))
+    sources = Sources((check_prefix(f"file://{shelf}"),), timeout_s=1)
+    sources.check(f"file://{shelf}/x")
+
+    with pytest.raises(RequestError) as caught:
+        sources.check(source.format(shelf=f"file://{shelf}"))
+
+    assert caught.value.code == "source_refused"
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_source_that_is_refused_is_told_over_http(open_app: OpenApp, tmp_path: Path) -> None:
+    with open_app(bundle_sources=f"file://{tmp_path}/shelf") as http:
+        response = fetch(http, f"file://{tmp_path}/secret")
 
     assert (response.status_code, response.json()["code"]) == (422, "source_refused")
-    assert str(tmp_path) not in response.json()["detail"]
 
 
 def test_what_is_not_a_readable_file_is_told_without_a_path(
@@ -108,13 +118,9 @@ def test_what_is_not_a_readable_file_is_told_without_a_path(
 
 
 @pytest.mark.parametrize("body", [{}, {"source": 1}, {"source": ""}, {"source": "x", "y": 1}, []])
-def test_a_request_names_one_source_and_nothing_else(
-    open_app: OpenApp, tmp_path: Path, body: object
-) -> None:
-    with open_app(bundle_sources=str(tmp_path)) as http:
-        assert http.put("/v1/tasks/pets/versions/1", json=body).status_code == 422
-        long = http.put("/v1/tasks/pets/versions/1", json={"source": "x" * 100_000})
-        assert long.json()["code"] == "too_large"
+def test_a_request_names_one_source_and_nothing_else(http: httpx.Client, body: object) -> None:
+    assert http.put("/v1/tasks/pets/versions/1", json=body).status_code == 422
+    assert fetch(http, "x" * 100_000).json()["code"] == "too_large"
 
 
 @pytest.mark.parametrize(
