@@ -19,6 +19,7 @@ from httpx_retries import Retry, RetryTransport
 from pydantic import SecretStr, ValidationError
 
 from service import exchanges
+from service.address import authorization, server_url
 from service.exchanges import AwaitedUpload, Exchange, OnProgress
 from service.openai_schemas import EmbeddingsAnswer
 from service.rollout_schemas import Rollout, RolloutAnswer
@@ -104,7 +105,7 @@ class _Calls:
         timeout_s: float = 30.0,
         retries: int = RETRIES,
     ) -> None:
-        self._open(_checked_url(url), _bearer(key))
+        self._open(server_url(url), authorization(key))
         self._timeout_s = timeout_s
         self._wait_s = min(LONG * timeout_s, LONGEST_S)
         self._retry = Retry(
@@ -467,27 +468,6 @@ class AsyncClient(_Calls):
     async def promote(self, task: str, *, if_match: int | None = None) -> RolloutAnswer:
         """Make a rollout's candidate live."""
         return await self.send(exchanges.promote(task), if_match=if_match)
-
-
-def _checked_url(url: str) -> httpx.URL:
-    """The message does not repeat the URL: there may be a password in it."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"this is no URL of a server: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError("a server's URL begins with http:// or https:// and a host")
-    return parsed
-
-
-def _bearer(key: SecretStr | None) -> dict[str, str]:
-    """The header for a key; one that no header takes would be shown in the error."""
-    if key is None:
-        return {}
-    text = key.get_secret_value()
-    if not (text.isascii() and text.isprintable() and " " not in text and text):
-        raise ValueError("a key is of printable ASCII without spaces")
-    return {"Authorization": f"Bearer {text}"}
 
 
 def _read(exchange: Exchange[T], response: httpx.Response) -> T:
