@@ -6,10 +6,9 @@ from datetime import datetime
 
 from fastapi import APIRouter
 
-from service.live import Resident
 from service.openai_schemas import ModelAnswer, ModelsAnswer
 from service.openapi import OPENAI_RESPONSES
-from service.planning import make_plan
+from service.registry import VersionRecord
 from service.state import CurrentService, Service
 
 __all__ = ["routes"]
@@ -21,23 +20,22 @@ routes = APIRouter(prefix="/v1/models", tags=["models"], responses=OPENAI_RESPON
 async def list_models(service: CurrentService) -> ModelsAnswer:
     """`auto`, `base` and every live task."""
     live = service.tasks.live.snapshot.live
-    tasks = [_task(name, resident) for name, resident in live.items()]
+    tasks = [_task(name, resident.record) for name, resident in live.items()]
     return ModelsAnswer(data=[_own("auto", service), _own("base", service), *tasks])
 
 
 @routes.get("/{model}")
 async def get_model(model: str, service: CurrentService) -> ModelAnswer:
     """Whatever a request may name; a version or an alias too, which the list leaves out."""
-    plan = make_plan(service.tasks.live.snapshot, model)
-    resident = plan.snapshot.by_path.get(-1 if plan.ask.path is None else plan.ask.path)
-    return _own(model, service) if resident is None else _task(model, resident)
+    snapshot = service.tasks.live.snapshot
+    key = snapshot.key_of(model)
+    return _own(model, service) if key is None else _task(model, snapshot.desired.records[key])
 
 
 def _own(name: str, service: Service) -> ModelAnswer:
     return ModelAnswer(id=name, created=0, root=service.backbone.fingerprint)
 
 
-def _task(name: str, resident: Resident) -> ModelAnswer:
-    record = resident.record
+def _task(name: str, record: VersionRecord) -> ModelAnswer:
     created = int(datetime.fromisoformat(record.created_at).timestamp())
     return ModelAnswer(id=name, created=created, parent="base", root=record.digest)

@@ -45,7 +45,8 @@ def test_models_are_listed_and_asked_for_one_by_one(open_app: OpenApp, make: Mak
         http.put("/v1/tasks/pets/versions/1", content=first[1])
         http.put("/v1/tasks/pets/versions/2?activate=false", content=second[1])
         listed = http.get("/v1/models").json()
-        by_version = http.get("/v1/models/pets@2").json()
+        http.post("/v2/repository/models/pets@2/unload")
+        by_version = http.get("/v1/models/pets@2").json()  # wherever it is now
         assert http.get("/v1/models/pets").json() == listed["data"][2]
 
     assert listed["object"] == "list"
