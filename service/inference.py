@@ -7,6 +7,7 @@ of HTTP.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ class Inference:
                 return await self._decoding.pixels(image)
             if self._fetching is None:
                 raise FetchError("this server fetches no URLs", code="url_refused")
+            start_s = time.monotonic()
             async with self._fetching.image(image.text) as data:
+                self._signals.fetched(time.monotonic() - start_s)
                 return await self._decoding.pixels(data)
         except ImageError as error:
             return error

@@ -64,7 +64,7 @@ class Metrics:
         )
         self.stage_duration_s = Histogram(
             "medley_stage_duration_seconds",
-            "Time of one image in one stage",
+            "Time of one stage, of an image, a batch or a request",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,

@@ -90,6 +90,11 @@ class Signals:
         if name != "decode":
             self._metrics.stage_duration_s.labels(name).observe(stage.duration_s)
 
+    def fetched(self, duration_s: float) -> None:
+        """Note how long one image took to fetch; a part of the stage `decode` of its request."""
+        self._metrics.stage_duration_s.labels("fetch").observe(duration_s)
+        noted().ended("fetch", duration_s)
+
     def computed(self, answers: Sequence[Answer], stages_s: dict[str, float]) -> None:
         """Note how long a request's images, which have just been answered, waited and ran.
 
@@ -114,7 +119,7 @@ class Signals:
         self, answer: Answer, plan: Plan, resident: Resident | None, image: ImageSource
     ) -> None:
         nearest = resident or _nearest(answer, plan)
-        decision = "task" if resident else "unclaimed" if nearest else "no_task"
+        decision = "task" if resident else "unclaimed" if plan.ask.eligible else "no_task"
         self._metrics.router_decisions.labels(decision).inc()
         if decision == "unclaimed":
             self._reservoir.offer(image)

@@ -320,8 +320,10 @@ def test_where_urls_are_allowed_a_fetched_image_is_answered_like_its_bytes(
     ]
     with open_app(image_urls=True, image_url_networks="127.0.0.0/8,10.0.0.0/8") as http:
         response = http.post("/v1/classify", json={"images": sources, "labels": ["a", "b"]})
+        metrics = http.get("/metrics").text
 
     assert response.status_code == 200
+    assert 'medley_stage_duration_seconds_count{stage="fetch"} 1.0' in metrics
     fetched, given, missing, elsewhere = response.json()["results"]
     assert fetched == given
     assert missing["error"]["code"] == "fetch_failed"
