@@ -85,8 +85,6 @@ def test_a_bad_picture_is_one_row_and_a_failure(
         ("task", "delete", "nobody"),
         ("classify", __file__, "--model", "nobody"),
         ("serve", "--port", "70000"),
-        ("serve", "--store", __file__),
-        ("serve", "--backbone", "no-such-model"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(server: ServerProcess, words: tuple[str, ...]) -> None:

@@ -141,11 +141,6 @@ def test_a_second_server_on_a_store_ends_and_the_first_does_not_notice(
             assert http.get("/readyz").status_code == 200
 
 
-def test_an_app_that_cannot_start_says_why(open_app: OpenApp) -> None:
-    with open_app(), pytest.raises(Exception, match="another server"), open_app():
-        pass
-
-
 def test_an_engine_without_success_for_long_is_not_worth_living(open_app: OpenApp) -> None:
     with open_app(heartbeat_s=1000) as http:
         app: FastAPI = http.app  # type: ignore[attr-defined]
