@@ -163,8 +163,11 @@ def _tensor(
 
 
 def _version(asked: Asked, found: Sequence[Prediction]) -> str | None:
-    """One task answers by one version; `auto` and `base` have none."""
-    return None if asked.intake.options.model in _NOT_BY_VERSION else found[0].path.version
+    """The one that answered; `auto` and `base` have none, and a canary may make it two."""
+    if asked.intake.options.model in _NOT_BY_VERSION:
+        return None
+    versions = {one.path.version for one in found}
+    return versions.pop() if len(versions) == 1 else None
 
 
 def _wrong(what: str) -> RequestError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from torch import Tensor
@@ -56,7 +57,8 @@ async def _embedded(
         raise _wrong("model", "embeddings of several models cannot be compared: name one")
     images = _are_images(asked, inputs)
     _check_inputs(inputs, service.settings, images=images)
-    async with service.inference.planned(asked.model, call) as plan:
+    async with service.inference.planned(asked.model, call) as found:
+        plan = replace(found, follows_live=False)  # a canary's vectors would be another version's
         resident = plan.snapshot.by_path.get(-1 if plan.ask.path is None else plan.ask.path)
         if images:
             vectors, stages_s = await _of_images(inputs, plan, service, call)

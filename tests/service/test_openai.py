@@ -77,6 +77,22 @@ def test_an_image_s_embedding_is_that_of_the_path_that_is_named(
     assert base.json()["object"] == "list"
 
 
+def test_a_canary_gives_no_vectors(open_app: OpenApp, make: MakeBundle, image: bytes) -> None:
+    """They would stand among those of the live version and could not be compared with them."""
+    with open_app() as http:
+        http.put("/v1/tasks/pets/versions/1", content=make()[1])
+        before = vectors(embed(http, data_uri(image), model="pets"))
+        second = make(version="2", seed=2)[1]
+        http.put("/v1/tasks/pets/versions/2?activate=false", content=second)
+        rollout = {"version": "2", "mode": "canary", "share": 1.0}
+        assert http.put("/v1/tasks/pets/rollout", json=rollout).status_code == 200
+        during = embed(http, data_uri(image), model="pets")
+        classified = http.post("/v1/classify", files={"file": image}, data={"model": "pets"})
+
+    assert classified.json()["results"][0]["path"]["version"] == "2"
+    assert (vectors(during), during.json()["model"]) == (before, "pets@1")
+
+
 def test_image_and_text_embeddings_give_the_classification_s_probabilities(
     http: httpx.Client, image: bytes
 ) -> None:

@@ -119,6 +119,20 @@ def test_an_answer_echoes_the_id_the_model_and_the_version_that_answered(
     assert auto["id"] == ""
 
 
+def test_a_canary_s_answers_say_so_one_by_one(open_app: OpenApp, make: MakeBundle) -> None:
+    images = [image_bytes(seed) for seed in range(12)]
+    with open_app() as http:
+        http.put("/v1/tasks/pets/versions/1", content=make()[1])
+        second = make(version="2", seed=2)[1]
+        http.put("/v1/tasks/pets/versions/2?activate=false", content=second)
+        rollout = {"version": "2", "mode": "canary", "share": 0.5, "min_images": 1000}
+        assert http.put("/v1/tasks/pets/rollout", json=rollout).status_code == 200
+        answer = infer(http, asked(*images)).json()
+
+    assert set(values(answer)["version"]) == {"1", "2"}
+    assert "model_version" not in answer
+
+
 def test_outputs_can_be_chosen(v2: httpx.Client, image: bytes) -> None:
     answer = infer(v2, asked(image, outputs=[{"name": "task"}, {"name": "label"}])).json()
 
