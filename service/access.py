@@ -27,7 +27,7 @@ from service.errors import AccessError, RequestError
 from service.problems import answer
 from service.settings import Settings, is_loopback
 
-__all__ = ["RULES", "Gate", "Level", "may"]
+__all__ = ["RULES", "Gate", "Level", "Rules", "may"]
 
 
 class Level(IntEnum):
@@ -39,7 +39,8 @@ class Level(IntEnum):
 
 
 OPEN, READ, CHANGE = Level.OPEN, Level.READ, Level.CHANGE
-RULES: Mapping[str, Mapping[str, Level]] = {
+Rules = Mapping[str, Mapping[str, Level]]  # by path and method
+RULES: Rules = {
     "/livez": {"GET": OPEN},
     "/readyz": {"GET": OPEN},
     "/startupz": {"GET": OPEN},
@@ -89,17 +90,24 @@ class Gate:
         app: what is behind it.
         settings: the keys, and whether changes are allowed at all.
         openapi: gives the OpenAPI document, which says what routes and query parameters there are.
+        rules: what each route asks for.
     """
 
     def __init__(
-        self, app: ASGIApp, *, settings: Settings, openapi: Callable[[], dict[str, Any]]
+        self,
+        app: ASGIApp,
+        *,
+        settings: Settings,
+        openapi: Callable[[], dict[str, Any]],
+        rules: Rules = RULES,
     ) -> None:
         self._app = app
         self._settings = settings
+        self._rules = rules
         self._query = _documented(openapi())
-        undeclared = sorted(f"{m} {p}" for m, p in self._query if m not in RULES.get(p, ()))
+        undeclared = sorted(f"{m} {p}" for m, p in self._query if m not in rules.get(p, ()))
         assert not undeclared, f"routes without a rule in service/access.py: {undeclared}"
-        self._patterns = {path: compile_path(path)[0] for path in RULES}
+        self._patterns = {path: compile_path(path)[0] for path in rules}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request pass, or answer it with a problem."""
@@ -118,13 +126,13 @@ class Gate:
         method, paths = scope["method"], _matching(self._patterns, _path(scope))
         if not paths:
             raise HTTPException(404)
-        known = [path for path in paths if method in RULES[path]]
+        known = [path for path in paths if method in self._rules[path]]
         if not known:
-            allowed = sorted({method for path in paths for method in RULES[path]})
+            allowed = sorted({method for path in paths for method in self._rules[path]})
             raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
         scope["operation"] = f"{method} {known[0]}"  # to count what is refused here
         # Two patterns may fit one path: whichever the router takes, the stricter rule holds.
-        may(max(RULES[path][method] for path in known), Headers(scope=scope), self._settings)
+        may(max(self._rules[path][method] for path in known), Headers(scope=scope), self._settings)
         names = {name for path in known for name in self._query.get((method, path), ())}
         _check_query(QueryParams(scope["query_string"]), names)
 
