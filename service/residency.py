@@ -63,7 +63,7 @@ class Residency:
         self._bringing: dict[Key, asyncio.Task[None]] = {}
         self._reading = asyncio.Lock()  # one bundle at a time is in memory
         self._room = asyncio.Lock()  # what is freed for one version is not taken by another
-        self._freed = asyncio.Event()
+        self._moved = asyncio.Event()  # a path has been freed, or is not held any more
         self.live = Live(unload=self._unload)
         metrics.before_scrape.append(self._measure)
 
@@ -123,6 +123,7 @@ class Residency:
             yield
         finally:
             self._held -= Counter([key])  # and forgets it at 0
+            self._moved.set()
 
     @asynccontextmanager
     async def lease(self, key: Key | None, *, holder: str = "") -> AsyncIterator[Snapshot]:
@@ -254,11 +255,12 @@ class Residency:
 
         If even all of them would not do, none is, and the model says what is missing.
         """
-        victims = await self._choose(task)
-        if victims is None or not (victims or self.live.leaving):
-            return
-        self._evict(victims)
         try:
+            async with asyncio.timeout(self._unload_s):
+                victims = await self._choose(task)
+            if victims is None or not (victims or self.live.leaving):
+                return
+            self._evict(victims)
             async with asyncio.timeout(self._unload_s):
                 await self._until_room(task)
         except TimeoutError as error:
@@ -269,22 +271,26 @@ class Residency:
     async def _choose(self, task: PackedTask) -> list[Key] | None:
         """Whom to evict, such that nobody has asked for it by the time it is known."""
         while True:
+            self._moved.clear()
             residents = self.live.snapshot.residents
             key_of = {residents[key].path: key for key in self._evictable()}
+            held = self._held.keys() & residents.keys()
             leaving = [one.path for one in self.live.leaving]
             paths = await self._loader.victims(task, leaving, list(key_of))
-            if paths is None:
-                return None
-            victims = [key_of[path] for path in paths]
-            if set(victims) <= set(self._evictable()):
+            victims = [key_of[path] for path in paths or ()]
+            if paths is not None and set(victims) <= set(self._evictable()):
                 return victims
+            if paths is None and not held:
+                return None
+            if paths is None:
+                await self._moved.wait()  # who holds a version is about to lease it, and lets go
 
     async def _until_room(self, task: PackedTask) -> None:
         while True:
-            self._freed.clear()
+            self._moved.clear()
             if await self._loader.has_room(task):
                 return
-            await self._freed.wait()
+            await self._moved.wait()
 
     def _evictable(self) -> list[Key]:
         """What may leave, the least recently used first."""
@@ -338,7 +344,7 @@ class Residency:
 
         def freed() -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._freed.set)
+                loop.call_soon_threadsafe(self._moved.set)
 
         self._loader.unload(path, freed)
 

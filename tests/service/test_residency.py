@@ -177,6 +177,50 @@ def test_who_gives_up_waiting_does_not_stop_the_load_for_the_others(
     play(story)
 
 
+def test_what_is_held_does_not_leave_though_it_is_the_least_recently_used(
+    play: Callable[..., None], made: dict[Key, Made]
+) -> None:
+    async def story(here: Residence) -> None:
+        await registered(here, made, A, B)
+        async with here.residency.holding(A):
+            await here.ask(B)
+            await here.register(made[C][1])
+        assert here.on_device == {"a@1", "c@1"}
+
+    play(story)
+
+
+def test_who_is_asked_for_while_it_is_chosen_to_leave_stays(
+    play: Callable[..., None], made: dict[Key, Made]
+) -> None:
+    async def story(here: Residence) -> None:
+        await registered(here, made, A, B, C)
+        gate = threading.Event()
+        here.engine.run(gate.wait)
+        coming = asyncio.create_task(here.residency.bring(A))
+        for _ in range(5):  # until it has asked the engine who has to go: B
+            await asyncio.sleep(0)
+        async with here.residency.holding(B):
+            gate.set()
+            await coming
+            assert here.on_device == {"a@1", "b@1"}
+
+    play(story)
+
+
+def test_versions_that_push_each_other_out_answer_everybody(
+    play: Callable[..., None], made: dict[Key, Made], expected: dict[Key, Tensor]
+) -> None:
+    async def story(here: Residence) -> None:
+        await registered(here, made, A, B, C)
+        asked = [A, B, C] * 5
+        answers = await asyncio.gather(*[here.ask(key) for key in asked])
+        for key, answer in zip(asked, answers, strict=True):
+            assert torch.equal(answer, expected[key])
+
+    play(story, paths=1)
+
+
 def test_what_a_request_uses_is_not_freed_under_it(
     play: Callable[..., None], made: dict[Key, Made], expected: dict[Key, Tensor]
 ) -> None:
@@ -356,6 +400,20 @@ def test_a_self_test_that_fails_in_a_later_batch_leaves_nothing_behind(
         await here.register(made[A][1])
 
     play(story, batch=1)
+
+
+def test_what_is_admitted_and_not_published_is_forgotten(
+    play: Callable[..., None], made: dict[Key, Made]
+) -> None:
+    async def story(here: Residence) -> None:
+        resident = await here.residency.admit(record_of(made[A]), made[A][0])
+        here.residency.discard(resident)
+        await here.settled()
+        assert not here.model.paths
+        here.metrics.registry.collect()
+        assert here.metric("medley_bundle_bytes", tier="host") == 0
+
+    play(story)
 
 
 def record_of(made: Made) -> VersionRecord:
