@@ -21,9 +21,10 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["OTHER", "ZERO_SHOT_LABEL", "Metrics", "package_version"]
+__all__ = ["NOBODY", "OTHER", "ZERO_SHOT_LABEL", "Metrics", "package_version"]
 
 ZERO_SHOT_LABEL = "zero_shot"
+NOBODY = "none"  # of images that got no answer
 OTHER = "other"  # tasks beyond the cap, and such as are gone when their last images are counted
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _AGES_S = (1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
@@ -237,9 +238,13 @@ class Metrics:
         """Say once what runs here."""
         self.build.labels(package_version(), backbone, fingerprint, torch.__version__).set(1)
 
-    def count_image(self, task: str | None, route: str, outcome: str) -> None:
-        """Count one image; `task` is None for zero-shot."""
-        self.images.labels(self.task_label(task), route, outcome).inc()
+    def count_image(self, task: str | None, route: str) -> None:
+        """Count one image that was answered; `task` is None for zero-shot."""
+        self.images.labels(self.task_label(task), route, "ok").inc()
+
+    def count_failures(self, route: str, outcome: str, *, images: int = 1) -> None:
+        """Count images that got no answer."""
+        self.images.labels(NOBODY, route, outcome).inc(images)
 
     def task_label(self, task: str | None) -> str:
         """The label of a task; None is zero-shot.

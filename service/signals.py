@@ -58,7 +58,7 @@ class Signals:
         resident = plan.snapshot.by_path.get(answer.path)
         task = resident.record.task if resident else None
         forward_s = answer.forward_s / answer.batch_images
-        self._metrics.count_image(task, plan.routed_by, "ok")
+        self._metrics.count_image(task, plan.routed_by)
         self._metrics.task_forward_s.labels(self._metrics.task_label(task)).inc(forward_s)
         self.total.add(forward_s)
         if task is not None and self._exists(task):
@@ -69,14 +69,13 @@ class Signals:
 
     def refused(self, error: ImageError, plan: Plan, *, alone: bool) -> None:
         """Count an image that cannot be used; `alone`: its error is that of the whole request."""
-        self._metrics.count_image(None, plan.routed_by, "client_error")
+        self._metrics.count_failures(plan.routed_by, "client_error")
         if not alone:
             noted().problems[error.code] += 1
 
     def failed(self, plan: Plan, became: Became, *, images: int = 1) -> None:
         """Count images that got no answer."""
-        for _ in range(images):
-            self._metrics.count_image(None, plan.routed_by, became)
+        self._metrics.count_failures(plan.routed_by, became, images=images)
 
     @contextmanager
     def stage(self, name: str, stages_s: dict[str, float]) -> Iterator[None]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from medley.bundle import Bundle
 from service.errors import ConflictError, PreconditionError, RequestError, StorageError
 from service.live import Key, Live, Snapshot
-from service.metrics import OTHER, ZERO_SHOT_LABEL
+from service.metrics import NOBODY, OTHER, ZERO_SHOT_LABEL
 from service.operations import Operations, Started
 from service.overlap import Overlap
 from service.registry import LIVE, Desired, IfMatch, Registry, VersionRecord, now
@@ -30,7 +30,7 @@ from service.store import BundleStore, Upload
 __all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Wanted"]
 
 log = logging.getLogger(__name__)
-RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, OTHER})  # models, and metrics' own
+RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, NOBODY, OTHER})  # of models and metrics
 T = TypeVar("T")
 
 

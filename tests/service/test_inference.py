@@ -127,7 +127,8 @@ def value(app: FastAPI, name: str, **labels: str) -> float:
 
 
 def images(app: FastAPI, outcome: str) -> float:
-    return value(app, "medley_images_total", task="zero_shot", route="explicit", outcome=outcome)
+    task = "zero_shot" if outcome == "ok" else "none"
+    return value(app, "medley_images_total", task=task, route="explicit", outcome=outcome)
 
 
 async def until(condition: Callable[[], bool]) -> None:

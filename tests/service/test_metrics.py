@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import OTHER, Metrics
+from service.middleware import RequestContext
 from tests.service.conftest import MakeBundle, OpenApp
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -112,7 +115,7 @@ def test_a_thousand_tasks_are_a_few_series_and_it_is_said_how_many_were_folded(
     metrics: Metrics,
 ) -> None:
     for number in range(1000):
-        metrics.count_image(f"task-{number}", "auto", "ok")
+        metrics.count_image(f"task-{number}", "auto")
     samples = [s for family in metrics.images.collect() for s in family.samples]
 
     assert {s.labels["task"] for s in samples} == {"task-0", "task-1", "task-2", OTHER}
@@ -122,9 +125,9 @@ def test_a_thousand_tasks_are_a_few_series_and_it_is_said_how_many_were_folded(
 
 def test_a_name_that_becomes_free_goes_to_the_next_task(metrics: Metrics) -> None:
     for task in "abcd":
-        metrics.count_image(task, "auto", "ok")
+        metrics.count_image(task, "auto")
     metrics.forget_task("a")
-    metrics.count_image("d", "auto", "ok")
+    metrics.count_image("d", "auto")
     labels = {s.labels["task"] for family in metrics.images.collect() for s in family.samples}
 
     assert labels == {"b", "c", "d", OTHER}
@@ -133,9 +136,86 @@ def test_a_name_that_becomes_free_goes_to_the_next_task(metrics: Metrics) -> Non
 
 def test_churn_of_tasks_leaves_nothing_behind(metrics: Metrics) -> None:
     for number in range(1000):
-        metrics.count_image(f"task-{number}", "auto", "ok")
+        metrics.count_image(f"task-{number}", "auto")
         metrics.router_margin.labels(metrics.task_label(f"task-{number}")).observe(1)
         metrics.forget_task(f"task-{number}")
 
     assert not [s for family in metrics.images.collect() for s in family.samples]
     assert metrics.registry.get_sample_value("medley_folded_tasks") == 0
+
+
+class TestEveryRequestIsCountedOnce:
+    """Whatever becomes of it."""
+
+    def test_one_that_the_end_of_the_server_cuts_off(self, metrics: Metrics) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await asyncio.Event().wait()
+
+        async def cut_off() -> None:
+            task = asyncio.create_task(served(app, metrics, []))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(cut_off())
+
+        assert counts(metrics) == {"503": 1}
+        assert metrics.registry.get_sample_value("medley_inflight_requests") == 0
+
+    def test_one_whose_client_leaves_before_the_answer(self, metrics: Metrics) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+
+        asyncio.run(served(app, metrics, [{"type": "http.disconnect"}]))
+
+        assert counts(metrics) == {"499": 1}
+
+    def test_one_whose_client_leaves_after_the_answer(self, metrics: Metrics) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"all"})
+            await receive()
+
+        asyncio.run(served(app, metrics, [{"type": "http.disconnect"}]))
+
+        assert counts(metrics) == {"200": 1}
+
+    def test_one_whose_answer_breaks_off(self, metrics: Metrics) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            raise ZeroDivisionError
+
+        asyncio.run(served(app, metrics, []))
+
+        assert counts(metrics) == {"500": 1}
+
+    def test_what_is_no_request_is_not_counted(self, metrics: Metrics) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            pass
+
+        asyncio.run(served(app, metrics, [], kind="lifespan"))
+
+        assert counts(metrics) == {}
+
+
+def counts(metrics: Metrics) -> dict[str, float]:
+    """Requests by status."""
+    samples = [s for family in metrics.requests.collect() for s in family.samples]
+    return {s.labels["status"]: s.value for s in samples}
+
+
+async def served(
+    app: ASGIApp, metrics: Metrics, messages: list[Message], kind: str = "http"
+) -> None:
+    """Pass one request through the middleware; its client sends `messages`."""
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope = {"type": kind, "method": "GET", "path": "/", "headers": []}
+    await RequestContext(app, metrics=metrics, generation=lambda: 1)(scope, receive, send)
