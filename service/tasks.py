@@ -30,7 +30,7 @@ from service.store import BundleStore, Upload
 __all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Wanted"]
 
 log = logging.getLogger(__name__)
-RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, NOBODY, OTHER})  # of models and metrics
+RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, NOBODY, OTHER})  # models, metrics
 T = TypeVar("T")
 
 
