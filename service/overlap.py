@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LANE = "@overlap"  # no task can be called so
 MAX_TASKS = 16  # whose images are tried: those that know the new task's images best
 MAX_IMAGES = 4  # of each of them
+MAX_OWN = 8  # of the new one
 LONGEST_S = 2.0  # then what is known by then is all
 
 
@@ -97,7 +98,7 @@ class Overlap:
 
     async def _found(self, contest: _Contest, pixels_NCHW: Tensor) -> list[str]:
         end_s = time.monotonic() + LONGEST_S
-        own = await self._answers(pixels_NCHW, contest.ask, end_s)
+        own = await self._answers(pixels_NCHW[:MAX_OWN], contest.ask, end_s)
         taken = Counter(answer.path for answer in own)
         found = [
             f"task {other.record.task} takes {taken[path]} of its {len(own)} self-test images"
