@@ -67,6 +67,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
+def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Another with the admin key "sesame", which gets bundles from the folder store/sources."""
+    store = tmp_path_factory.mktemp("keyed")
+    sources = store / "sources"
+    sources.mkdir()
+    with running_server(store, "admin_key=sesame", f"bundle_sources={sources}") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
     """A client of the shared server."""
     with server.client() as client:
