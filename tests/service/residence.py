@@ -100,7 +100,9 @@ class Residence:
             return (await asyncio.wrap_future(future)).features_E
 
     async def settled(self) -> None:
-        """Return when every job that is queued now has been done."""
+        """Return when nobody waits for anything any more, and every job has been done."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
         await asyncio.wrap_future(self.engine.run(lambda: None))
 
     @property

@@ -366,7 +366,6 @@ def test_a_load_that_nobody_waits_for_any_more_is_undone(
         with pytest.raises(asyncio.CancelledError):
             await loading
         await here.settled()
-        await here.settled()  # what the first has queued
         assert not here.model.paths
 
     play(story)
