@@ -50,9 +50,9 @@ class Plan:
     tasks: tuple[int, ...] = (1, 16, 256)
     percents: tuple[int, ...] = (20, 50, 80, 95)
     long: tuple[int, ...] = (80,)  # of them, those whose p99 is asked for, and with swaps
-    cell_s: float = 4.5
-    long_s: float = 9.0
-    saturation_s: float = 3.0
+    cell_s: float = 4.0
+    long_s: float = 8.0
+    saturation_s: float = 2.5
     warm_up_s: float = 0.5  # at the beginning of each, not counted
     visitors: int = 64  # of an open loop; more than ever wait at the same time
     crowd: int = 16  # of a closed loop: enough to saturate, few enough to be kept in order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -92,7 +92,7 @@ def _measure(
     served = Served(
         backbone=backbone,
         weights=weights,
-        buckets=tuple(int(size) for size in buckets.split(",")),
+        buckets=_sizes(buckets),
         precision=precision.value,
         threads=threads,
     )
@@ -114,6 +114,17 @@ def _measure(
             _fail(str(error))
 
 
-def _fail(message: str) -> None:
+def _sizes(text: str) -> tuple[int, ...]:
+    from medley.classifier import check_buckets
+
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+        check_buckets(sizes)
+    except ValueError as error:
+        _fail(f"--buckets {text}: {error}")
+    return sizes
+
+
+def _fail(message: str) -> NoReturn:
     err.print(f"medley: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(2)

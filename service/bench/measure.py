@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.bench.load import Load, Order, Ready, Visits
+from service.bench.load import Load, LoadError, Order, Ready, Visits
 from service.bench.servers import Server
 from service.bench.traffic import arrivals
 
@@ -49,7 +49,11 @@ def open_loop(
     visitors: int,
     seed: int = 0,
 ) -> Outcome:
-    """Visit at a fixed mean rate; latency counts from the moment at which a visit was due."""
+    """Visit at a fixed mean rate; latency counts from the moment at which a visit was due.
+
+    Raises:
+        LoadError: the server or the visitors have ended.
+    """
     due_s = arrivals(rate_hz, timing.seconds, seed=seed)
     order = Order(
         url=server.url,
@@ -72,7 +76,11 @@ def closed_loop(
     timing: Timing,
     visitors: int,
 ) -> Outcome:
-    """Let each visitor come again as soon as it is answered: with many, the server's saturation."""
+    """Let each visitor come again as soon as it is answered: with many, the server's saturation.
+
+    Raises:
+        LoadError: it has answered nothing.
+    """
     count = int(MOST_PER_S * timing.seconds)
     order = Order(
         url=server.url,
@@ -82,7 +90,10 @@ def closed_loop(
         visitors=visitors,
         stop_s=timing.seconds,
     )
-    return _carry_out(load, server, order, timing, from_sent=True)
+    outcome = _carry_out(load, server, order, timing, from_sent=True)
+    if not outcome.throughput_hz:
+        raise LoadError(f"{server.name} has answered nothing in {timing.seconds} s")
+    return outcome
 
 
 def outcome_of(visits: Visits, timing: Timing, *, from_sent: bool = False) -> Outcome:

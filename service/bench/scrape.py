@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.bench.load import LoadError
 from service.bench.names import STAGES
 
 __all__ = ["Sample", "Scrape", "between", "scrape"]
@@ -23,8 +24,15 @@ class Scrape:
 
 
 def scrape(url: str) -> Scrape:
-    """Look at a server's metrics."""
-    text = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text
+    """Look at a server's metrics.
+
+    Raises:
+        LoadError: it does not show them.
+    """
+    try:
+        text = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text
+    except httpx.HTTPError as error:
+        raise LoadError(f"the server shows no metrics: {error}") from error
     return Scrape(
         {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value

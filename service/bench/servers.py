@@ -34,8 +34,15 @@ class Server:
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        """Processor time that it has taken so far, all threads."""
-        times = self.process.cpu_times()
+        """Processor time that it has taken so far, all threads.
+
+        Raises:
+            LoadError: it has ended.
+        """
+        try:
+            times = self.process.cpu_times()
+        except psutil.NoSuchProcess as error:
+            raise LoadError(f"{self.name} has ended while it was under load") from error
         return float(times.user + times.system)
 
     def rss_bytes(self) -> int:

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from service.bench.command import bench_commands
 from tests.service.bench.made_up import lines
 
 MEDLEY = (sys.executable, "-c", "from medley.cli import main; main()", "bench", "serve")
@@ -30,6 +32,19 @@ def test_a_folder_without_lines_is_one_line_of_error(tmp_path: Path) -> None:
     assert answer.returncode == 2
     assert len(answer.stderr.strip().splitlines()) == 1
     assert "measurements.jsonl" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"), [("1,3", "3 is not a power of two"), ("1,many", "'many'"), ("8,1", "ascend")]
+)
+def test_batch_sizes_that_no_server_takes_are_refused_before_anything_is_measured(
+    tmp_path: Path, sizes: str, told: str
+) -> None:
+    words = ["serve", "--out", str(tmp_path / "run"), "--buckets", sizes]
+    answer = CliRunner().invoke(bench_commands, words)
+    assert answer.exit_code == 2
+    assert told in answer.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Cells on a real server process with the tiny backbone, and a bare loop beside it."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -15,9 +18,11 @@ from service.bench.beside import measure_beside_bare
 from service.bench.bundles import write_task
 from service.bench.cells import Plan, Site
 from service.bench.images import Form, write_images
-from service.bench.load import Load, LoadError, visiting
+from service.bench.load import Load, LoadError, Ready, visiting
+from service.bench.measure import Timing, closed_loop
+from service.bench.scrape import scrape
 from service.bench.served import Served, register, write_tasks
-from service.bench.servers import Server
+from service.bench.servers import Server, infinity_server
 from service.bench.sites import Sites
 from service.bench.swaps import Swaps
 from service.bench.traffic import Mix
@@ -176,6 +181,33 @@ def test_a_refused_swap_is_an_error(under_load: Server) -> None:
         pytest.raises(LoadError, match="a swap was refused"),
     ):
         Swaps(client, "task-0", {"1": b"", "2": b"not a bundle"}).swap()
+
+
+def test_a_server_that_has_ended_is_an_error_and_not_a_slow_server(
+    under_load: Server, load: Load, tmp_path: Path
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        gone = psutil.Process(process.pid)
+    server = Server("medley", "http://127.0.0.1:9", gone)
+    body = tmp_path / "body"
+    body.write_bytes(b"x")
+    ready = Ready(path="/", content_type="image/jpeg", body_file=str(body))
+    with pytest.raises(LoadError, match="has ended"):
+        closed_loop(load, server, [ready], [0], timing=Timing(seconds=0.1, warm_up_s=0), visitors=1)
+    silent = replace(under_load, url=server.url)
+    with pytest.raises(LoadError, match="answered nothing"):
+        closed_loop(load, silent, [ready], [0], timing=Timing(seconds=0.1, warm_up_s=0), visitors=1)
+    with pytest.raises(LoadError, match="no metrics"):
+        scrape(server.url)
+
+
+def test_a_python_without_infinity_is_told_by_what_it_said(tmp_path: Path) -> None:
+    python, model, log = Path(sys.executable), tmp_path / "model", tmp_path / "log"
+    with (
+        pytest.raises(LoadError, match="No module named 'infinity_emb'"),
+        infinity_server(python, model, log),
+    ):
+        pass
 
 
 def test_a_refused_task_is_an_error(under_load: Server, tmp_path: Path) -> None:
