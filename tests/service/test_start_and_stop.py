@@ -1,7 +1,6 @@
 """The beginning and the end of a server process: what is true when, and what a signal does."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from tests.service.conftest import ROOT, MakeBundle, OpenApp, StartServer
+from medley.errors import MedleyError
+from service.app import create_app
+from service.server import serve
+from service.settings import Settings
+from tests.service.conftest import ROOT, MakeBundle, OpenApp, ServerProcess, StartServer
 from tests.service.load import loading
 from tests.service.raw import Raw, post
 from tests.service.test_classify import classify
@@ -104,41 +107,45 @@ def test_a_start_that_hangs_is_cut_off_in_time(stalled_store: tuple[Path, Path])
 
 
 @pytest.mark.parametrize(
-    ("words", "environment", "says"),
+    ("fields", "says"),
     [
-        (("--backbone", "no-such-model"), {}, "no backbone is called 'no-such-model'"),
-        (("--store", __file__), {}, "the store cannot be written"),
-        (("--port", "0"), {"WEB_CONCURRENCY": "2"}, "one process serves one device"),
+        ({"backbone": "no-such-model"}, "no backbone is called 'no-such-model'"),
+        ({"store": __file__}, "the store cannot be written"),
+        ({"alexnet_weights": __file__}, "something else than tensors"),
     ],
 )
-def test_a_start_that_fails_is_one_line_and_status_1(
-    words: tuple[str, ...], environment: dict[str, str], says: str, tmp_path: Path
+def test_a_start_that_fails_ends_the_server(
+    fields: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    settings = Settings.model_validate({"port": 0, "store": tmp_path / "store"} | fields)
+    app = create_app(settings, in_background=True)
+
+    with pytest.raises(MedleyError, match=says):
+        serve(app, settings, on_ready=pytest.fail)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", "2")
+    settings = Settings(port=0, store=tmp_path)
+    app = create_app(settings, in_background=True)
+
+    with pytest.raises(MedleyError, match="one process serves one device"):
+        serve(app, settings, on_ready=pytest.fail)
+
+
+def test_a_second_server_on_a_store_ends_with_one_line_and_the_first_does_not_notice(
+    server: ServerProcess, http: httpx.Client
 ) -> None:
     program = "from service.commands import commands; commands()"
-    command = [sys.executable, "-c", program, "serve", "--port", "0", *words]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, "-c", program, "serve", "--port", "0", "--store", str(server.store)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
-    assert done.returncode == 1
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("medley: ")
-    assert says in last
-    assert "Traceback" not in done.stderr
-
-
-def test_a_second_server_on_a_store_ends_and_the_first_does_not_notice(
-    start_server: StartServer, tmp_path: Path
-) -> None:
-    with start_server(tmp_path) as first, begun_server(tmp_path) as (process, _):
-        assert process.wait(30) == 1
-        with first.client() as http:
-            assert http.get("/readyz").status_code == 200
+    assert "another server uses this store folder" in last
+    assert http.get("/readyz").status_code == 200
 
 
 def test_an_engine_without_success_for_long_is_not_worth_living(open_app: OpenApp) -> None:
@@ -155,8 +162,11 @@ def test_an_engine_without_success_for_long_is_not_worth_living(open_app: OpenAp
 def test_a_draining_server_is_not_ready_and_answers_until_balancers_have_noticed(
     start_server: StartServer, make: MakeBundle, image: bytes, tmp_path: Path
 ) -> None:
-    with start_server(tmp_path, "drain_delay_s=60") as server, Raw(server.url) as kept:
-        ask = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
+    """At the end somebody is in the middle of an upload, and is cut off when the time is up."""
+    ask, data = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n", make(version="2")[1]
+    with ExitStack() as stack:
+        server = stack.enter_context(start_server(tmp_path, "drain_delay_s=60", "drain_s=1"))
+        kept, endless = (stack.enter_context(Raw(server.url)) for _ in range(2))
         assert kept.ask(ask % b"/readyz").status == 200
         with server.client() as http:
             put(http, make()[1]).raise_for_status()
@@ -171,23 +181,15 @@ def test_a_draining_server_is_not_ready_and_answers_until_balancers_have_noticed
         assert last.headers["connection"] == "close"
         assert kept.is_closed()
 
+        head = b"PUT /v1/tasks/pets/versions/2 HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        kind = b"Content-Type: application/octet-stream\r\n"
+        endless.send(head + kind + b"Content-Length: %d\r\n\r\n" % len(data))
+        assert endless.socket.recv(100).startswith(b"HTTP/1.1 100")
+        endless.send(data[:100])
         server.process.terminate()  # a second signal ends the delay
         assert server.process.wait(30) == 0
-
-
-def test_a_request_that_does_not_end_is_cut_off_when_the_time_is_up(
-    start_server: StartServer, make: MakeBundle, tmp_path: Path
-) -> None:
-    data = make()[1]
-    with start_server(tmp_path, "drain_s=1") as server, Raw(server.url) as raw:
-        head = b"PUT /v1/tasks/pets/versions/1 HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-        raw.send(head + b"Content-Length: %d\r\n\r\n" % len(data))
-        assert raw.socket.recv(100).startswith(b"HTTP/1.1 100")
-        raw.send(data[:100])
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
     assert not list((tmp_path / "incoming").iterdir())
-    assert not list((tmp_path / "bundles").iterdir())
+    assert len(list((tmp_path / "bundles").iterdir())) == 1
 
 
 def test_a_rolling_restart_under_load_fails_no_request(
