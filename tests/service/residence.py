@@ -134,7 +134,7 @@ async def residence(
     metrics, store = Metrics(), BundleStore(folder)
     engine = Engine(
         classifier.launch,
-        blank_CHW=torch.zeros(3, 32, 32, dtype=torch.uint8),
+        blank_CHW=torch.zeros(3, *backbone.image_size, dtype=torch.uint8),
         metrics=metrics,
         max_batch=batch,
         max_wait_s=0.0,
