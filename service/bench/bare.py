@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +18,17 @@ from torch import Tensor
 from medley.classifier import Ask, Classifier
 from medley.images import decode
 
-__all__ = ["Bare"]
+__all__ = ["Bare", "Pace"]
 
 DECODERS = 2  # the default of MEDLEY_DECODE_THREADS
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What an image of a loop takes: wall clock, and processor time of all threads."""
+
+    time_s: float
+    cpu_s: float
 
 
 class Bare:
@@ -32,8 +41,8 @@ class Bare:
         self._classifier, self._images, self._asks = classifier, images, asks
         self._pixels = [self._decode(number) for number in range(len(images))]
 
-    def rate(self, seconds: float) -> float:
-        """Images a second in full batches, while threads decode those that come next."""
+    def pace(self, seconds: float) -> Pace:
+        """Classify in full batches for so long, while threads decode the images that come next."""
         with ThreadPoolExecutor(DECODERS) as decoders:
             ahead = deque(decoders.submit(self._decode, number) for number in range(self._ahead))
 
@@ -41,11 +50,11 @@ class Bare:
                 ahead.append(decoders.submit(self._decode, number + self._ahead))
                 return ahead.popleft().result()
 
-            rate_hz = self._loop(seconds, take)
+            pace = self._loop(seconds, take)
             decoders.shutdown(cancel_futures=True)
-        return rate_hz
+        return pace
 
-    def rate_decoded(self, seconds: float) -> float:
+    def pace_decoded(self, seconds: float) -> Pace:
         """The same with all images decoded before."""
         return self._loop(seconds, lambda number: self._pixels[number % len(self._pixels)])
 
@@ -64,13 +73,13 @@ class Bare:
     def _ahead(self) -> int:
         return 2 * self._classifier.max_batch
 
-    def _loop(self, seconds: float, take: Callable[[int], Tensor]) -> float:
+    def _loop(self, seconds: float, take: Callable[[int], Tensor]) -> Pace:
         size = self._classifier.max_batch
-        start_s, done = time.perf_counter(), 0
+        start_s, start_cpu_s, done = time.perf_counter(), time.process_time(), 0
         while (passed_s := time.perf_counter() - start_s) < seconds:
             self._route(done, [take(number) for number in range(done, done + size)])
             done += size
-        return done / passed_s
+        return Pace(passed_s / done, (time.process_time() - start_cpu_s) / done)
 
     def _timed(self, take: Callable[[int], Tensor], number: int) -> float:
         start_s = time.perf_counter()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from medley.admission import admit, retire
 from medley.bundle import read_bundle
 from medley.classifier import Ask, Classifier
-from service.bench.bare import Bare
+from service.bench.bare import Bare, Pace
 from service.bench.cells import Site
 from service.bench.names import ALONE, BARE, BARE_PIXELS, MEDLEY, SATURATED
 from service.bench.served import FIRST
@@ -35,23 +36,24 @@ def measure_beside_bare(
     images = [image.read_bytes() for image in sites.images[site.form]]
     asks = [Ask(paths[pick // len(images)]) for pick in picks]
     bare = Bare(classifier, images, asks)
-    saturated: dict[str, list[float]] = {MEDLEY: [], BARE: [], BARE_PIXELS: []}
+    bare.pace(sites.plan.warm_up_s)
+    saturated: dict[str, list[Pace]] = {MEDLEY: [], BARE: [], BARE_PIXELS: []}
     alone: dict[str, list[float]] = {MEDLEY: [], BARE: [], BARE_PIXELS: []}
-    bare.rate(sites.plan.warm_up_s)
     for _ in range(sites.plan.rounds):
-        saturated[BARE].append(1 / bare.rate(sites.plan.saturation_s))
-        saturated[MEDLEY].append(1 / sites.saturate(requests, picks).throughput_hz)
-        saturated[BARE_PIXELS].append(1 / bare.rate_decoded(sites.plan.saturation_s))
+        saturated[BARE].append(bare.pace(sites.plan.saturation_s))
+        crowd = sites.saturate(requests, picks)
+        saturated[MEDLEY].append(Pace(1 / crowd.throughput_hz, crowd.values["server_cpu_s"]))
+        saturated[BARE_PIXELS].append(bare.pace_decoded(sites.plan.saturation_s))
         alone[BARE] += bare.alone_s(sites.plan.alone)
         alone[MEDLEY] += sites.saturate(requests, picks, visitors=1).latencies_s
         alone[BARE_PIXELS] += bare.alone_decoded_s(sites.plan.alone)
     for path in paths:
         retire(path, classifier)
-    _write(sites, site, SATURATED, saturated)
-    _write(sites, site, ALONE, alone)
-
-
-def _write(sites: Sites, site: Site, bench: str, columns: Mapping[str, Sequence[float]]) -> None:
-    for name, times_s in columns.items():
-        sites.journal.add(bench, site.conditions, name, times_s=times_s)
+    for name, paces in saturated.items():
+        times_s = [pace.time_s for pace in paces]
+        cpu_s = {"cpu_s": median(pace.cpu_s for pace in paces)}
+        sites.journal.add(SATURATED, site.conditions, name, times_s=times_s, values=cpu_s)
+    sites.on_step(1)
+    for name, times_s in alone.items():
+        sites.journal.add(ALONE, site.conditions, name, times_s=times_s)
     sites.on_step(1)

@@ -34,13 +34,19 @@ def bench() -> None:
 def serve(
     folder: Annotated[Path, typer.Option("--out", help="Folder of lines, report and pictures.")],
     backbone: Annotated[str, typer.Option(help="What is served.")] = "medley-mini",
-    weights: Annotated[Path | None, typer.Option(help="File of its weights.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="File of its weights.", exists=True, dir_okay=False)
+    ] = None,
     buckets: Annotated[str, typer.Option(help="Images of a forward, as MEDLEY_BUCKETS.")] = "1",
     precision: Annotated[PrecisionName, typer.Option(help="Of the tower.")] = PrecisionName.EXACT,
     threads: Annotated[int, typer.Option(min=0, help="Of torch, as MEDLEY_THREADS.")] = 0,
     infinity: Annotated[
         Path | None,
-        typer.Option(help="Python of an environment with infinity_emb, to be compared with."),
+        typer.Option(
+            help="Python of an environment with infinity_emb, to be compared with.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option(help="A minute, to see that it works.")] = False,
     report_only: Annotated[

@@ -12,6 +12,7 @@ from service.bench.names import (
     AGREEMENT,
     ALONE,
     BARE,
+    BARE_PIXELS,
     BATCHED,
     INFINITY,
     LOAD,
@@ -42,6 +43,7 @@ def goals_of(lines: Sequence[Measurement]) -> list[Goal]:
     """All goals that these lines say something about."""
     return [
         *_beside_bare(lines),
+        *_where_time_goes(lines),
         *_alone(lines),
         *_p99(lines),
         *_beside_infinity(lines),
@@ -67,6 +69,25 @@ def _beside_bare(lines: Sequence[Measurement]) -> Iterator[Goal]:
                 f"{100 * (ratio.median - 1):+.1f} % ({_spread(ratio, 100, -1)})",
                 ratio.median <= 1 + OVER_BARE_PERCENT / 100,
             )
+
+
+def _where_time_goes(lines: Sequence[Measurement]) -> Iterator[Goal]:
+    """Processor time of an image at saturation; what the server's has over the bare loop's."""
+    visitors = {_where(row): row.value(MEDLEY, "visitor_cpu_s") for row in _even_sites(lines)}
+    for row in rows_of(lines, SATURATED):
+        cpu_s = [row.value(name, "cpu_s") for name in (BARE_PIXELS, BARE, MEDLEY)]
+        told = [None if value is None else 1e3 * value for value in cpu_s]
+        model, loop, server = told
+        if model is not None and loop is not None and server is not None:
+            yield Goal(
+                f"where the time goes: processor ms of an image at saturation, {_where(row)}",
+                f"model {model:.1f}, decoding {loop - model:+.1f}, HTTP and queue "
+                f"{server - loop:+.1f}, visitors {1e3 * (visitors.get(_where(row)) or 0):+.1f}",
+            )
+
+
+def _even_sites(lines: Sequence[Measurement]) -> list[Row]:
+    return [r for r in rows_of(lines, SATURATION) if r.conditions["mix"] == HEADLINE["mix"]]
 
 
 def _alone(lines: Sequence[Measurement]) -> Iterator[Goal]:

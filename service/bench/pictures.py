@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from medley.journal import Measurement
@@ -79,12 +80,21 @@ def _draw_load(axes: Axes, rows: Sequence[Row]) -> None:
         some = [r for r in rows if (r.conditions["tasks"], r.conditions["mix"]) == (tasks, mix)]
         colour = f"C{number}"
         quiet = [row for row in some if row.conditions["swaps"] == "none"]
-        axes.plot(*_points(quiet, "p50_s"), color=colour, marker="o", ms=3, label=f"{tasks} {mix}")
-        axes.plot(*_points(quiet, "p95_s"), color=colour, ls=":")
+        axes.plot(
+            *_points(quiet, "p50_s"), color=colour, marker="o", ms=3, label=_tasks(tasks, mix)
+        )
+        axes.plot(*_points(quiet, "p95_s"), color=colour, ls=":", marker=".", ms=3)
         swapped = [row for row in some if row.conditions["swaps"] != "none"]
         axes.plot(*_points(swapped, "p95_s"), color=colour, marker="x", ls="")
     axes.set(yscale="log", xlabel="% of saturation")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     _finish(axes)
+
+
+def _tasks(count: str | int, mix: str | int) -> str:
+    return "1 task" if count == 1 else f"{count} tasks, {mix}"
 
 
 def _points(rows: Sequence[Row], value: str) -> tuple[list[int], list[float]]:
@@ -97,7 +107,7 @@ def _site_bars(lines: Sequence[Measurement]) -> list[Bar]:
     bars = []
     for row in rows_of(lines, SATURATION):
         at, rate_hz = row.conditions, row.value(MEDLEY, "throughput_hz")
-        bars.append((f"{at['images']}, {at['tasks']} tasks, {at['mix']}", rate_hz or 0.0, "C0"))
+        bars.append((f"{at['images']}, {_tasks(at['tasks'], at['mix'])}", rate_hz or 0.0, "C0"))
     return bars
 
 

@@ -75,13 +75,14 @@ def _swaps(lines: Sequence[Measurement]) -> str:
 
 
 def _beside_bare(lines: Sequence[Measurement]) -> str:
-    rows = []
+    rows, columns = [], (MEDLEY, BARE, BARE_PIXELS)
     for bench in (SATURATED, ALONE):
         for row in rows_of(lines, bench):
-            times = [row.time_s(name) for name in (MEDLEY, BARE, BARE_PIXELS)]
+            times = [row.time_s(name) for name in columns]
             cells = [f"{1e3 * time.median:.2f}" if time else NOTHING for time in times]
-            rows.append((bench.partition(", ")[2], *_at(row, *SITE), *cells))
-    head = ("", *SITE, "HTTP", BARE, BARE_PIXELS)
+            cpu = [_ms(row, "cpu_s", name, form=".2f") for name in columns]
+            rows.append((bench.partition(", ")[2], *_at(row, *SITE), *cells, *cpu))
+    head = ("", *SITE, *columns, *(f"cpu, {name}" for name in columns))
     return f"Milliseconds an image, median:\n\n{table(head, rows)}" if rows else ""
 
 

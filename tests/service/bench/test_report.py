@@ -38,6 +38,14 @@ def test_a_ratio_above_one_means_that_we_answer_more_images(tmp_path: Path) -> N
     assert [measured.partition(" ")[0] for measured in ratios.values()] == ["0.75", "1.50"]
 
 
+def test_processor_time_is_taken_apart_into_model_decoding_http_and_visitors(
+    tmp_path: Path,
+) -> None:
+    lines(tmp_path)
+    (goal,) = [g for g in goals_of(read_lines(tmp_path)) if g.what.startswith("where the time")]
+    assert goal.measured == "model 8.0, decoding +2.0, HTTP and queue +1.0, visitors +1.0"
+
+
 def test_the_headline_is_the_p99_of_sixteen_tasks_at_eighty_per_cent(tmp_path: Path) -> None:
     lines(tmp_path)
     (goal,) = [g for g in goals_of(read_lines(tmp_path)) if g.what.startswith("p99 at 80")]
