@@ -63,6 +63,8 @@ Feature = Annotated[
     Field(pattern=r"^(embedding|alexnet:conv5|(stem|block[1-9][0-9]{0,2}):(mean|mean_std|cls))$"),
 ]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_FLOAT32 = 3.4028234663852886e38
+Float32 = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]  # what tensors compute with
 Dim = Annotated[int, Field(ge=1, le=1_000_000)]
 Block = Annotated[int, Field(ge=0, le=999)]
 Scalar = bool | int | float | Annotated[str, Field(max_length=1000)] | None
@@ -91,8 +93,8 @@ class TowerExperts(_Part):
 class _LevelSpec(_Part):
     feature: Feature
     width: Dim
-    center: float
-    spread: Annotated[float, Field(gt=0)]
+    center: Float32
+    spread: Annotated[float, Field(gt=0, le=MAX_FLOAT32)]
 
 
 class AutoencoderSpec(_LevelSpec):
@@ -155,9 +157,9 @@ class SelectorSpec(_Part):
 
     levels: Annotated[tuple[LevelSpec, ...], Field(min_length=1, max_length=16)]
     alpha: Annotated[float, Field(gt=0, lt=1)] | None
-    threshold: float | None
+    threshold: Float32 | None
     reference: Annotated[tuple[LevelSpec, ...], Field(max_length=16)] = ()
-    margin: float | None = None
+    margin: Float32 | None = None
     extractors: dict[Feature, Digest] = {}
     calibration: Calibration
 
@@ -225,7 +227,7 @@ class Manifest(_Part):
     first_expert_block: Block
     bottleneck: Dim
     top_k: Annotated[int, Field(ge=1, le=1024)]
-    scale: Annotated[float, Field(gt=0)]
+    scale: Annotated[float, Field(gt=0, le=MAX_FLOAT32)]
     vision: TowerExperts
     text: TowerExperts
     selector: SelectorSpec
