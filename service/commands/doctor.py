@@ -30,6 +30,9 @@ def doctor(
         bool, typer.Option("--drain", help="Stop the server in the end, to see how it leaves.")
     ] = False,
     pid: Annotated[int | None, typer.Option(min=2, help="Its process, for --drain.")] = None,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to wait for servers to agree, or to refuse nonsense.")
+    ] = 5.0,
     as_json: Json = False,
 ) -> None:
     """Check servers from outside: poison, limits, keys, problems, lag. Changes nothing of them.
@@ -44,21 +47,21 @@ def doctor(
     if drain and len(urls) > 1:
         fail("--drain stops one server: give one URL")
     with one_line_errors(), ExitStack() as stack:
-        sites = [stack.enter_context(_site(url, key)) for url in urls]
+        sites = [stack.enter_context(_site(url, key, patience)) for url in urls]
         findings = examine(sites, slow=slow, pid=pid)
         failures = _print_lines(findings) if as_json else _print_table(findings)
     if failures:
         raise typer.Exit(1)
 
 
-def _site(url: str, key: str | None) -> Site:
+def _site(url: str, key: str | None, patience_s: float) -> Site:
     """A server that answers at all."""
     from pydantic import SecretStr
 
     from service.doctor.site import Site
 
     try:
-        site = Site(url, SecretStr(key) if key else None)
+        site = Site(url, SecretStr(key) if key else None, patience_s=patience_s)
     except ValueError as error:
         fail(str(error))
     first = site.ask("GET", "/livez", bearer="")

@@ -12,7 +12,6 @@ from service.doctor.site import Site
 
 __all__ = ["check_replicas"]
 
-PATIENCE_S = 5.0
 LOOK_AGAIN_S = 0.25
 
 
@@ -23,7 +22,7 @@ class Serving(BaseModel):
     fingerprint: str
 
 
-def check_replicas(sites: Sequence[Site], *, patience_s: float = PATIENCE_S) -> Iterator[Finding]:
+def check_replicas(sites: Sequence[Site]) -> Iterator[Finding]:
     """All servers answer from one generation of the registry, soon at least, and one backbone."""
     headers = {site.name: _header(site) for site in sites}
     yield judged(
@@ -33,6 +32,7 @@ def check_replicas(sites: Sequence[Site], *, patience_s: float = PATIENCE_S) -> 
         came=_listed({name: header or "none" for name, header in headers.items()}),
         advice="let the proxy pass the header on",
     )
+    patience_s = max(site.patience_s for site in sites)
     start_s = time.monotonic()
     serving = _serving(sites)
     while not _agree(serving) and time.monotonic() < start_s + patience_s:

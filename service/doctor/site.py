@@ -21,7 +21,7 @@ from service.schemas import ClassifyResponse, Prediction, Problem
 
 __all__ = ["Reply", "Site"]
 
-TIMEOUT_S = 30.0
+TIMEOUT_S, PATIENCE_S = 30.0, 5.0
 LABELS = ("a cat", "a car", "a house")
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -78,16 +78,20 @@ class Site:
     Args:
         url: where it is.
         key: the admin key, or a read key; None if there is none or it should not be used.
+        patience_s: how long to wait for an answer to what is no proper request.
 
     Raises:
         ValueError: url or key cannot be one.
     """
 
-    def __init__(self, url: str, key: SecretStr | None = None) -> None:
+    def __init__(
+        self, url: str, key: SecretStr | None = None, *, patience_s: float = PATIENCE_S
+    ) -> None:
         self._url = server_url(url)
         self._key = authorization(key)
         self.name = f"{self._url.host}:{self._port}"
         self.has_key = key is not None
+        self.patience_s = patience_s
         # A busy server is asked again when it says so: nothing else is repeated.
         retry = Retry(
             total=3, allowed_methods=["GET", "POST"], status_forcelist=[429], retry_on_exceptions=[]
@@ -162,14 +166,15 @@ class Site:
         context = ssl.create_default_context()
         return context.wrap_socket(plain, server_hostname=self._url.host)
 
-    def raw(self, data: bytes, *, timeout_s: float = 10.0, end: bool = False) -> Reply:
+    def raw(self, data: bytes, *, timeout_s: float | None = None, end: bool = False) -> Reply:
         """Send bytes and read one answer; a server that closes has answered too.
 
         Args:
             data: anything.
-            timeout_s: of silence.
+            timeout_s: of silence, instead of the doctor's patience.
             end: whether to end our half of the connection then.
         """
+        timeout_s = self.patience_s if timeout_s is None else timeout_s
         try:
             with self.connect(timeout_s=timeout_s) as connection:
                 _push(connection, data, end=end)
