@@ -44,6 +44,11 @@ class Loader:
         self._metrics = metrics
         self._max_bundle_bytes = max_bundle_bytes
 
+    @property
+    def paths(self) -> int:
+        """Most versions that can be loaded at once."""
+        return self._classifier.model.capacity.paths
+
     def read(self, path: Path) -> Bundle:
         """Read and verify a bundle file, on this thread; BundleError if it is none."""
         with self._metrics.bundle_load_s.labels("verify").time():

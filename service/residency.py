@@ -79,9 +79,10 @@ class Residency:
             try:
                 await self._load(record, evict=False)
             except CapacityError as error:
-                if key not in kept:
-                    return
-                self._fail(record, error)
+                if key in kept:
+                    self._fail(record, error)
+                elif len(self.live.snapshot.residents) == self._loader.paths:
+                    return  # where slots are short, a smaller one may still find room
             except MedleyError as error:
                 self._fail(record, error)
 

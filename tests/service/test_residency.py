@@ -437,6 +437,20 @@ def test_at_the_start_protected_versions_come_first_and_others_while_there_is_ro
     play(story)
 
 
+def test_at_the_start_a_version_without_room_does_not_keep_a_smaller_one_out(
+    play: Callable[..., None], made: dict[Key, Made]
+) -> None:
+    async def story(here: Residence) -> None:
+        for one in made.values():
+            here.keep(*one)
+        versions = tuple(record_of(one) for one in made.values())
+        await here.residency.restore(Desired(1, versions))
+        assert here.on_device == {"a@1", "d@1"}  # of the same experts
+        assert not here.residency.live.snapshot.failed
+
+    play(story, paths=8, slots=3)
+
+
 def test_a_protected_version_without_room_at_the_start_is_told_as_failed(
     play: Callable[..., None], made: dict[Key, Made]
 ) -> None:
