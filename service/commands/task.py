@@ -87,7 +87,8 @@ def usage(task: str, url: Url = DEFAULT_URL, key: ReadKey = None, as_json: Json 
     out.print(
         f"{answer.task}: {answer.images} images, {answer.forward_s:.1f} s of forwards "
         f"({answer.forward_share:.1%} of all) since {answer.since}; {answer.resident_bytes} bytes "
-        f"on the device, {answer.bundle_bytes} in the store"
+        f"on the device, {answer.bundle_bytes} in the store",
+        soft_wrap=True,
     )
 
 
