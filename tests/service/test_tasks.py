@@ -22,6 +22,11 @@ def put(http: httpx.Client, data: bytes, task: str = "pets", version: str = "1")
     return http.put(f"/v1/tasks/{task}/versions/{version}", content=data)
 
 
+def without_warnings(registered: httpx.Response) -> dict[str, Any]:
+    """An answer but for what it says of other tests' tasks, which accept every image."""
+    return {key: value for key, value in registered.json().items() if key != "warnings"}
+
+
 def test_a_task_is_registered_listed_and_deleted(
     http: httpx.Client, make: MakeBundle, image: bytes
 ) -> None:
@@ -30,7 +35,7 @@ def test_a_task_is_registered_listed_and_deleted(
     created = put(http, data, "listed")
 
     assert created.status_code == 201
-    assert created.json() == http.get("/v1/tasks/listed").json() | {"warnings": []}
+    assert without_warnings(created) == http.get("/v1/tasks/listed").json()
     assert created.json()["live"] == "1"
     assert created.json()["class_names"] == ["cat", "dog", "hamster"]
     (version,) = created.json()["versions"]
@@ -50,7 +55,7 @@ def test_the_same_bundle_again_changes_nothing(http: httpx.Client, make: MakeBun
     second = put(http, data, "again")
 
     assert (first.status_code, second.status_code) == (201, 200)
-    assert first.json() == second.json()
+    assert without_warnings(first) == without_warnings(second)
 
 
 def test_a_version_that_exists_with_another_digest_is_a_conflict(
