@@ -119,7 +119,6 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._headers = headers
-        self._complete = False
         self._gone = False
         self.status = 0
 
@@ -133,8 +132,7 @@ class _Exchange:
     async def receive(self) -> Message:
         """Hand on what comes from the client."""
         message = await self._receive()
-        if message["type"] == "http.disconnect" and not self._complete:
-            self._gone = True
+        self._gone |= message["type"] == "http.disconnect"
         return message
 
     async def send(self, message: Message) -> None:
@@ -144,8 +142,6 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             for name, value in self._headers().items():
                 headers.setdefault(name, value)
-        elif message["type"] == "http.response.body":
-            self._complete = not message.get("more_body", False)
         await self._send(message)
 
 
