@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from service.call import call_of, until_gone
 from service.errors import ConflictError, RequestError, UnavailableError
-from service.infer import Body, answered, asked_of
+from service.oip import Body, answered, asked_of
 from service.intake import check_counts
 from service.json_bodies import read_json
 from service.live import Key, Snapshot
