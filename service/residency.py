@@ -221,7 +221,8 @@ class Residency:
         desired = self.live.snapshot.desired
         if not _wanted(resident, desired):
             self.discard(resident)
-            raise NotFoundError(f"no version {record.version} of {record.task} any more")
+            gone = f"no version {record.version} of {record.task} any more"
+            raise NotFoundError(gone, code="unknown_version")
         self.publish(desired, resident)
 
     async def _from_disk(self, record: VersionRecord) -> Prepared:

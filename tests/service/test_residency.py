@@ -336,8 +336,9 @@ def test_a_version_deleted_while_it_is_brought_leaves_nothing_behind(
         await asyncio.sleep(0)
         here.delete(A)
         held.set()
-        with pytest.raises(NotFoundError):
+        with pytest.raises(NotFoundError) as caught:
             await asking
+        assert caught.value.code == "unknown_version"
         await here.settled()
         assert len(here.model.paths) == len(here.on_device) <= 2
 
