@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from service.doctor.findings import Finding, judged
 from service.doctor.poison import good_image
@@ -17,6 +17,7 @@ __all__ = ["check_drain"]
 
 REQUESTS = 4
 NOT_READY_S, GONE_S = 10.0, 90.0
+EXPECT_S, ANSWER_S = 5.0, 30.0
 LOOK_AGAIN_S = 0.05
 
 
@@ -72,9 +73,11 @@ def _begun(site: Site) -> socket.socket:
         f"Content-Length: {len(good_image())}",
         "Expect: 100-continue",
     )
-    connection = site.connect(timeout_s=30.0)
+    connection = site.connect(timeout_s=EXPECT_S)
     connection.sendall(head)
-    connection.recv(4096, socket.MSG_PEEK)
+    with suppress(TimeoutError):
+        connection.recv(4096)  # 100 Continue
+    connection.settimeout(ANSWER_S)
     return connection
 
 

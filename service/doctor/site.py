@@ -208,7 +208,7 @@ def read_reply(connection: socket.socket) -> Reply:
     try:
         response.begin()
         body = response.read()
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:  # of sizes that are none
         return Reply(0, error=f"closed ({type(error).__name__})")
     return Reply(response.status, httpx.Headers(response.getheaders()), body)
 
