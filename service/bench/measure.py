@@ -32,7 +32,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long an order lasts, and how much of its beginning does not count."""
+    """How long an open loop lasts, and how much of its beginning does not count."""
 
     seconds: float
     warm_up_s: float
@@ -73,44 +73,49 @@ def closed_loop(
     requests: Sequence[Ready],
     picks: Sequence[int],
     *,
-    timing: Timing,
+    seconds: float,
     visitors: int,
 ) -> Outcome:
     """Let each visitor come again as soon as it is answered: with many, the server's saturation.
 
+    All of it counts, from the first request to the last answer, so that a server which answers
+    whole batches at once is not measured by how many of them end within a window.
+
     Raises:
         LoadError: it has answered nothing.
     """
-    count = int(MOST_PER_S * timing.seconds)
+    count = int(MOST_PER_S * seconds)
     order = Order(
         url=server.url,
         requests=requests,
         picks=_as_many(picks, count),
         due_s=(0.0,) * count,
         visitors=visitors,
-        stop_s=timing.seconds,
+        stop_s=seconds,
     )
-    outcome = _carry_out(load, server, order, timing, from_sent=True)
+    outcome = _carry_out(load, server, order, None)
     if not outcome.throughput_hz:
-        raise LoadError(f"{server.name} has answered nothing in {timing.seconds} s")
+        raise LoadError(f"{server.name} has answered nothing in {seconds} s")
     return outcome
 
 
-def outcome_of(visits: Visits, timing: Timing, *, from_sent: bool = False) -> Outcome:
+def outcome_of(visits: Visits, timing: Timing | None) -> Outcome:
     """Put visits together.
 
     Args:
         visits: all of an order.
-        timing: the order's.
-        from_sent: count latency from when a visit was sent, not from when it was due.
+        timing: the order's; None: a closed loop, where latency counts from when a visit was sent.
     """
     due_s, sent_s, done_s = (np.asarray(x) for x in (visits.due_s, visits.sent_s, visits.done_s))
-    begun_s = sent_s if from_sent else due_s
     answered = np.asarray(visits.status) == 200
-    counted = begun_s >= timing.warm_up_s
+    if timing is None:
+        begun_s, counted, inside = sent_s, np.ones_like(answered), answered
+        window_s = float(done_s.max()) if done_s.size else 1.0
+    else:
+        begun_s, counted = due_s, due_s >= timing.warm_up_s
+        inside = answered & (done_s >= timing.warm_up_s) & (done_s < timing.seconds)
+        window_s = timing.seconds - timing.warm_up_s
     latency_s = (done_s - begun_s)[counted & answered]
-    window_s = timing.seconds - timing.warm_up_s
-    inside = answered & (done_s >= timing.warm_up_s) & (done_s < timing.seconds)
     values = {
         "visits": float(counted.sum()),
         "errors": float((counted & ~answered).sum()),
@@ -122,12 +127,10 @@ def outcome_of(visits: Visits, timing: Timing, *, from_sent: bool = False) -> Ou
     return Outcome(values, tuple(latency_s.round(6).tolist()))
 
 
-def _carry_out(
-    load: Load, server: Server, order: Order, timing: Timing, *, from_sent: bool = False
-) -> Outcome:
+def _carry_out(load: Load, server: Server, order: Order, timing: Timing | None) -> Outcome:
     cpu_s = server.cpu_s()
     visits = load.visit(order)
-    outcome = outcome_of(visits, timing, from_sent=from_sent)
+    outcome = outcome_of(visits, timing)
     answers = max(1, len(visits.status))
     outcome.values["server_cpu_s"] = (server.cpu_s() - cpu_s) / answers
     outcome.values["visitor_cpu_s"] = visits.cpu_s / answers

@@ -114,7 +114,7 @@ class _Row:
         """Write the lines of one row."""
         self._agree(conditions, form)
         for name in self._contenders:
-            self._saturated(name, 2 * self._plan.warm_up_s)  # not counted: memory, first batches
+            self._saturated(name, self._plan.warm_up_s)  # not counted: memory, first batches
         slowest_hz = self._in_turns(conditions)
         timing = Timing(seconds=self._plan.long_s, warm_up_s=self._plan.warm_up_s)
         for name, contender in self._contenders.items():
@@ -162,7 +162,7 @@ class _Row:
             self._contenders[name].server,
             self._requests(name),
             range(len(self._bodies)),
-            timing=Timing(seconds=seconds, warm_up_s=self._plan.warm_up_s),
+            seconds=seconds,
             visitors=self._plan.crowd,
         )
 

@@ -40,6 +40,7 @@ class Sites:
     def measure(self, site: Site) -> None:
         """Write the line of a site's saturation and those of its cells."""
         requests, picks = self.requests(site)
+        self.saturate(requests, picks, seconds=self.plan.warm_up_s)  # not counted
         saturation = self.saturate(requests, picks)
         self._write(SATURATION, site.conditions, saturation)
         for cell in self.plan.cells(site):
@@ -62,17 +63,21 @@ class Sites:
         return requests, picks
 
     def saturate(
-        self, requests: Sequence[Ready], picks: Sequence[int], *, visitors: int | None = None
+        self,
+        requests: Sequence[Ready],
+        picks: Sequence[int],
+        *,
+        visitors: int | None = None,
+        seconds: float | None = None,
     ) -> Outcome:
         """As many answers a second as the server has for a crowd that always comes again."""
-        timing = Timing(seconds=self.plan.saturation_s, warm_up_s=self.plan.warm_up_s)
         before = scrape(self.server.url)
         outcome = closed_loop(
             self.load,
             self.server,
             requests,
             picks,
-            timing=timing,
+            seconds=seconds or self.plan.saturation_s,
             visitors=visitors or self.plan.crowd,
         )
         outcome.values.update(between(before, scrape(self.server.url)))

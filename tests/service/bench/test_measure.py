@@ -19,7 +19,14 @@ def test_latency_counts_from_when_a_visit_was_due_and_not_from_when_it_was_sent(
 
 
 def test_in_a_closed_loop_it_counts_from_when_it_was_sent() -> None:
-    assert outcome_of(visits((0.0, 4.5, 5.0, 200)), TIMING, from_sent=True).latencies_s == (0.5,)
+    assert outcome_of(visits((0.0, 4.5, 5.0, 200)), None).latencies_s == (0.5,)
+
+
+def test_a_closed_loop_counts_all_answers_up_to_the_last_however_they_are_batched() -> None:
+    batches = [(0.0, done_s - 0.4, done_s, 200) for done_s in (0.4, 0.8, 1.2) for _ in range(16)]
+    outcome = outcome_of(visits(*batches, (0.0, 0.0, 1.2, 500)), None)
+    assert outcome.throughput_hz == pytest.approx(16 / 0.4)
+    assert (outcome.values["visits"], outcome.values["errors"]) == (49, 1)
 
 
 def test_the_beginning_is_not_counted() -> None:

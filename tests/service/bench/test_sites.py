@@ -19,7 +19,7 @@ from service.bench.bundles import write_task
 from service.bench.cells import Plan, Site
 from service.bench.images import Form, write_images
 from service.bench.load import Load, LoadError, Ready, visiting
-from service.bench.measure import Timing, closed_loop
+from service.bench.measure import closed_loop
 from service.bench.scrape import scrape
 from service.bench.served import Served, register, write_tasks
 from service.bench.servers import Server, infinity_server
@@ -193,10 +193,10 @@ def test_a_server_that_has_ended_is_an_error_and_not_a_slow_server(
     body.write_bytes(b"x")
     ready = Ready(path="/", content_type="image/jpeg", body_file=str(body))
     with pytest.raises(LoadError, match="has ended"):
-        closed_loop(load, server, [ready], [0], timing=Timing(seconds=0.1, warm_up_s=0), visitors=1)
+        closed_loop(load, server, [ready], [0], seconds=0.1, visitors=1)
     silent = replace(under_load, url=server.url)
     with pytest.raises(LoadError, match="answered nothing"):
-        closed_loop(load, silent, [ready], [0], timing=Timing(seconds=0.1, warm_up_s=0), visitors=1)
+        closed_loop(load, silent, [ready], [0], seconds=0.1, visitors=1)
     with pytest.raises(LoadError, match="no metrics"):
         scrape(server.url)
 
