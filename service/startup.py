@@ -1,0 +1,283 @@
+"""From settings to a `Service`: everything is built here, in the order in which it depends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+
+import torch
+
+from medley.backbone import Backbone, find_device, load_backbone
+from medley.classifier import Classifier
+from medley.extractor import Extractor, load_alexnet
+from medley.images import ImageLimits
+from medley.pool import Capacity
+from medley.prompts import class_text_features
+from medley.replay import ReplayedClassifier
+from medley.routed import RoutedModel
+from service.bodies import Bodies
+from service.classification import Classification
+from service.decoding import Decoding
+from service.engine import Engine
+from service.fetch import Fetching
+from service.inference import Inference
+from service.labels import LabelCache
+from service.loading import Loader
+from service.metrics import Metrics
+from service.overlap import Overlap
+from service.registry import LocalRegistry
+from service.reservoir import Reservoir
+from service.residency import Residency
+from service.rollouts import Rollouts
+from service.room import Room
+from service.settings import Settings
+from service.signals import Signals
+from service.sources import Sources
+from service.state import Service
+from service.store import BundleStore
+from service.tasks import Tasks
+
+__all__ = ["OnStep", "Startup"]
+
+OnStep = Callable[[str], None]
+
+
+class Startup:
+    """One start of one server; `stack` closes what it has opened, in reverse.
+
+    `at` hears what it is doing, `on_step` where a registration is.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        stack: AsyncExitStack,
+        *,
+        at: OnStep,
+        on_step: OnStep,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._stack = stack
+        self._at = at
+        self._on_step = on_step
+
+    async def run(self, backbone: Backbone | None) -> Service:
+        """Start with this backbone, or the one that the settings name; ready when it returns.
+
+        Raises:
+            MedleyError: the store, the model or the registry cannot be had.
+        """
+        self._at("opening the store")
+        store = self._open_store()
+        registry = self._open_registry()
+        self._at("loading the model")
+        backbone, classifier = await self._load_model(backbone)
+        engine = self._start_engine(classifier)
+        residency = self._make_residency(store, engine, classifier)
+        reservoir = await self._open_reservoir()
+        signals = Signals(live=residency.live, metrics=self._metrics, reservoir=reservoir)
+        tasks = self._make_tasks(registry, store, engine, residency, signals)
+        self._at("restoring tasks")
+        await tasks.restore()
+        self._at("warming up")
+        await asyncio.wrap_future(engine.run(classifier.prepare))
+        await asyncio.wrap_future(engine.prove())  # not ready before a forward has succeeded
+        rollouts = self._make_rollouts(residency, tasks)
+        held_bytes, held_images = self._make_rooms()
+        inference = Inference(
+            engine=engine,
+            residency=residency,
+            decoding=self._make_decoding(backbone),
+            fetching=self._make_fetching(held_bytes),
+            room=held_images,
+            rollouts=rollouts,
+            signals=signals,
+        )
+        labels = self._make_labels(classifier.model, engine)
+        return Service(
+            settings=self._settings,
+            backbone=backbone,
+            engine=engine,
+            tasks=tasks,
+            residency=residency,
+            labels=labels,
+            bodies=self._make_bodies(held_bytes),
+            inference=inference,
+            rollouts=rollouts,
+            classification=Classification(inference, labels, logit_scale=backbone.logit_scale),
+            signals=signals,
+            reservoir=reservoir,
+            metrics=self._metrics,
+        )
+
+    def _open_store(self) -> BundleStore:
+        store = BundleStore(self._settings.store)
+        self._stack.callback(store.close)
+        return store
+
+    def _open_registry(self) -> LocalRegistry:
+        path = self._settings.store / "registry.sqlite"
+        registry = LocalRegistry(path, on_step=self._on_step)
+        self._stack.callback(registry.close)
+        self._metrics.registry_up.set_function(lambda: registry.up)
+        return registry
+
+    async def _load_model(self, backbone: Backbone | None) -> tuple[Backbone, Classifier]:
+        settings = self._settings
+        extractors = await asyncio.to_thread(_load_extractors, settings)
+        if backbone is None:
+            backbone = await asyncio.to_thread(_load_backbone, settings)
+        self._metrics.describe(backbone.name, backbone.fingerprint)
+        return backbone, await asyncio.to_thread(_make_classifier, settings, backbone, extractors)
+
+    def _start_engine(self, classifier: Classifier) -> Engine:
+        height, width = classifier.model.backbone.image_size
+        engine = Engine(
+            classifier.launch,
+            blank_CHW=torch.zeros(3, height, width, dtype=torch.uint8),
+            metrics=self._metrics,
+            max_batch=classifier.max_batch,
+            max_wait_s=self._settings.max_wait_s,
+            queue_limit=self._settings.queue_limit,
+            heartbeat_s=self._settings.heartbeat_s,
+        )
+        engine.start()
+        self._stack.callback(engine.stop)
+        return engine
+
+    def _make_residency(
+        self, store: BundleStore, engine: Engine, classifier: Classifier
+    ) -> Residency:
+        settings, metrics = self._settings, self._metrics
+        return Residency(
+            store=store,
+            loader=Loader(engine, classifier, metrics, max_bundle_bytes=settings.max_bundle_bytes),
+            metrics=metrics,
+            max_host_bytes=settings.host_bytes,
+            unload_s=settings.unload_s,
+        )
+
+    async def _open_reservoir(self) -> Reservoir:
+        reservoir = await asyncio.to_thread(
+            Reservoir,
+            self._settings.store / "unclaimed",
+            images=self._settings.reservoir,
+            max_bytes=self._settings.reservoir_bytes,
+            metrics=self._metrics,
+        )
+        self._stack.callback(reservoir.close)
+        return reservoir
+
+    def _make_tasks(
+        self,
+        registry: LocalRegistry,
+        store: BundleStore,
+        engine: Engine,
+        residency: Residency,
+        signals: Signals,
+    ) -> Tasks:
+        settings, metrics = self._settings, self._metrics
+        tasks = Tasks(
+            registry=registry,
+            store=store,
+            sources=Sources(settings.bundle_sources, timeout_s=settings.upload_timeout_s),
+            residency=residency,
+            overlap=Overlap(engine=engine, live=residency.live, bundle=store.path, metrics=metrics),
+            signals=signals,
+            max_bundle_bytes=settings.max_bundle_bytes,
+            on_step=self._on_step,
+        )
+        self._stack.push_async_callback(tasks.close)
+        return tasks
+
+    def _make_decoding(self, backbone: Backbone) -> Decoding:
+        settings, metrics = self._settings, self._metrics
+        decoding = Decoding(
+            backbone,
+            threads=settings.decode_threads,
+            timeout_s=settings.decode_timeout_s,
+            limits=ImageLimits(
+                max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+            ),
+            metrics=metrics,
+        )
+        metrics.decode_backlog_images.set_function(lambda: decoding.waiting)
+        self._stack.callback(decoding.close)
+        return decoding
+
+    def _make_rollouts(self, residency: Residency, tasks: Tasks) -> Rollouts:
+        rollouts = Rollouts(residency.live, self._metrics, stop=tasks.stop_rollout)
+        self._stack.push_async_callback(rollouts.close)
+        return rollouts
+
+    def _make_rooms(self) -> tuple[Room, Room]:
+        held_bytes = Room(self._settings.max_inflight_bytes, "bytes")
+        held_images = Room(self._settings.max_inflight_images, "images")
+        self._metrics.inflight_bytes.set_function(lambda: held_bytes.used)
+        self._metrics.inflight_images.set_function(lambda: held_images.used)
+        return held_bytes, held_images
+
+    def _make_fetching(self, held_bytes: Room) -> Fetching | None:
+        settings = self._settings
+        if not settings.image_urls:
+            return None
+        fetching = Fetching(
+            held_bytes,
+            max_bytes=settings.max_image_bytes,
+            timeout_s=settings.image_url_timeout_s,
+            networks=settings.image_url_networks,
+        )
+        self._stack.push_async_callback(fetching.close)
+        return fetching
+
+    def _make_bodies(self, held_bytes: Room) -> Bodies:
+        settings = self._settings
+        return Bodies(
+            held_bytes, max_bytes=settings.max_request_bytes, timeout_s=settings.body_timeout_s
+        )
+
+    def _make_labels(self, model: RoutedModel, engine: Engine) -> LabelCache:
+        return LabelCache(
+            lambda names, templates, path: class_text_features(model, names, templates, path),
+            engine,
+            max_sets=self._settings.label_cache,
+            max_bytes=self._settings.label_cache_bytes,
+        )
+
+
+def _load_backbone(settings: Settings) -> Backbone:
+    return load_backbone(settings.backbone, weights=settings.weights, device=settings.device)
+
+
+def _load_extractors(settings: Settings) -> list[Extractor]:
+    if settings.alexnet_weights is None:
+        return []
+    device = find_device(settings.device)
+    return [load_alexnet(settings.alexnet_weights, device=device)]
+
+
+def _make_classifier(
+    settings: Settings, backbone: Backbone, extractors: Sequence[Extractor]
+) -> Classifier:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    capacity = Capacity(
+        paths=settings.paths,
+        slots=settings.slots,
+        experts=settings.max_experts,
+        bottleneck=settings.max_bottleneck,
+        max_top_k=settings.max_top_k,
+    )
+    model = RoutedModel(
+        backbone,
+        precision=settings.precision,
+        first_expert_block=None,
+        capacity=capacity,
+        extractors=extractors,
+    )
+    if backbone.device.type == "cuda":
+        return ReplayedClassifier(model, buckets=settings.buckets)
+    return Classifier(model, buckets=settings.buckets)
