@@ -155,6 +155,18 @@ def test_requests_that_are_sent_ahead_are_answered_in_order(strict: ServerProces
         assert [raw.answer().status for _ in range(3)] == [200, 404, 200]
 
 
+def test_a_content_length_that_lies_harms_its_own_connection_only(strict: ServerProcess) -> None:
+    """What comes after the bytes that it told of is no request; what does not come ends it."""
+    head = b"POST /v1/classify?labels=a HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with Raw(strict.url) as raw:
+        raw.send(head + b"Content-Length: 3\r\n\r\nabc and more")
+        assert raw.is_closed()
+    with Raw(strict.url) as raw:
+        raw.send(head + b"Content-Length: 1000\r\n\r\nabc")
+        raw.end()
+        assert raw.is_closed()
+
+
 def test_another_protocol_is_answered_in_this_one(strict: ServerProcess) -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     with Raw(strict.url) as raw:
