@@ -24,7 +24,6 @@ from service.metrics import Metrics
 __all__ = ["Connection", "ConnectionLimits", "Connections"]
 
 log = logging.getLogger(__name__)
-STALLED_S = 30.0  # a client that has not taken the bytes of an answer for so long is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,7 @@ class ConnectionLimits:
     max_header_bytes: int  # the request line counts
     max_headers: int
     max_connections: int
+    stall_timeout_s: float = 30.0  # for a client to take the bytes of an answer
 
 
 class Refusal(NamedTuple):
@@ -217,7 +217,7 @@ class Connection(HttpToolsProtocol):
 
     def _begin_stall(self) -> None:
         self._end_stall()
-        self._stall_timer = self.loop.call_later(STALLED_S, self.transport.abort)
+        self._stall_timer = self.loop.call_later(self._limits.stall_timeout_s, self.transport.abort)
 
     def _end_stall(self) -> None:
         if self._stall_timer is not None:

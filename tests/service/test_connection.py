@@ -1,21 +1,30 @@
 """What a connection may take before there is a request: bytes, headers, time, a place."""
 
+import asyncio
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
 
 import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
 
+from service.connection import Connection, ConnectionLimits, Connections
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
 from tests.service.conftest import ServerProcess, StartServer
 from tests.service.raw import Raw
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-SETTINGS = (
-    "header_timeout_s=1",
-    "keep_alive_s=2.5",
-    "max_header_bytes=2048",
-    "max_headers=20",
-    "max_connections=8",
-)
+LIMITS: dict[str, Any] = {
+    "header_timeout_s": 1,
+    "keep_alive_s": 2.5,
+    "max_header_bytes": 2048,
+    "max_headers": 20,
+    "max_connections": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +32,9 @@ def strict(
     start_server: StartServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """A server with small limits."""
-    with start_server(tmp_path_factory.mktemp("strict"), *SETTINGS) as started:
+    with start_server(
+        tmp_path_factory.mktemp("strict"), *(f"{k}={v}" for k, v in LIMITS.items())
+    ) as started:
         yield started
 
 
@@ -181,6 +192,43 @@ def test_a_body_that_nobody_waits_for_any_more_is_not_read_for_ever(strict: Serv
         assert (answer.status, answer.json()["code"]) == (413, "too_large")
         with pytest.raises(ConnectionError):
             send_without_end(raw)
+
+
+def test_a_client_that_takes_no_answer_is_not_written_to_for_ever() -> None:
+    ended = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": []}
+        await send(start)
+        while not await gone(receive):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        ended.set()
+
+    async def gone(receive: Receive) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                return True
+        return False
+
+    async def served() -> None:
+        limits = ConnectionLimits(**LIMITS, stall_timeout_s=0.1)
+        shared = Connections(limits, Lifecycle(), Metrics())
+        http: Any = partial(Connection, shared=shared)
+        config = uvicorn.Config(endless, http=http, lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            serving = asyncio.create_task(server.serve(sockets=[bound]))
+            _, writer = await asyncio.open_connection(*bound.getsockname())
+            writer.write(GET)
+            async with asyncio.timeout(30):
+                await ended.wait()
+            writer.transport.abort()
+            server.should_exit = True
+            await serving
+
+    asyncio.run(served())
 
 
 def test_refused_connections_are_counted(strict: ServerProcess) -> None:
