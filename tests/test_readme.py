@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.core import TyperGroup
@@ -23,7 +24,7 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.mark.parametrize(("page", "line"), SHOWN)
 def test_a_command_that_is_shown_exists_with_its_options(page: Path, line: str) -> None:
-    command: object = build()
+    command: Any = build()
     words = re.sub(r"[\[\]]", "", line.partition("#")[0]).split()
     while isinstance(command, TyperGroup):
         assert words[0] in command.commands, f"{page}: no command {words[0]}"

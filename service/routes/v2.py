@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse
 
 from service.call import call_of, until_gone
 from service.errors import ConflictError, RequestError, UnavailableError
-from service.oip import Body, answered, asked_of
 from service.intake import check_counts
 from service.json_bodies import read_json
 from service.live import Key, Snapshot
 from service.metrics import package_version
+from service.oip import Body, answered, asked_of
 from service.openapi import V2_RESPONSES, json_body
 from service.routes.probes import check_live, check_ready
 from service.state import CurrentService, Service

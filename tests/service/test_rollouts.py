@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -188,7 +188,7 @@ class FailingCandidate:
     def __init__(self, *, nan: bool) -> None:
         self.nan = nan
 
-    def __call__(self, pixels: object, asks: list[Ask]) -> list[asyncio.Future[Answer]]:
+    def __call__(self, pixels: object, asks: Sequence[Ask]) -> list[asyncio.Future[Answer]]:
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in asks]
         for ask, future in zip(asks, futures, strict=True):
