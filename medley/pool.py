@@ -128,10 +128,13 @@ class ExpertPool:
 
         Raises:
             CapacityError: more experts, ranks or top-k than there is room for.
-            ValueError: a block is not there, top_k is less than 1, or shapes do not fit.
+            ValueError: a block is not there, top_k is less than 1, the scale is no float32, or
+                shapes do not fit.
         """
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, must be at least 1")
+        if not abs(scale) <= torch.finfo(torch.float32).max:  # half loaded it would be refused
+            raise ValueError(f"scale is {scale}, which float32 does not hold")
         if top_k > self.capacity.max_top_k:
             raise CapacityError(f"top_k {top_k} is larger than max_top_k {self.capacity.max_top_k}")
         for block, block_experts in experts.items():

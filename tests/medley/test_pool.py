@@ -1,5 +1,6 @@
 """The slots of one tower: what packing refuses, who shares, and when a freed slot is written."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -102,6 +103,12 @@ def test_what_does_not_fit_the_tower_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pool_of().pack(task, top_k=top_k, scale=1.0)
+
+
+@pytest.mark.parametrize("scale", [1e308, -1e39, math.inf, math.nan])
+def test_a_scale_that_float32_does_not_hold_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale is"):
+        pool_of().pack(experts(1), top_k=2, scale=scale)
 
 
 @pytest.mark.parametrize(
