@@ -21,7 +21,7 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 test: install
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n 2 --dist loadfile
 bench: install
 	$(BIN)/python -m pytest -m slow
 bench-gpu: install

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.client import Client
-from service.schemas import ClassifyOptions, Prediction
+from service.wire.schemas import ClassifyOptions, Prediction
 from trainer.datasets import ImageSet, open_dataset
 
 DEMO = Path(__file__).parent

@@ -12,10 +12,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from medley.backbone import Backbone
-from service import openapi, problems
+from service import problems
 from service.access import Gate
 from service.lifecycle import Lifecycle
-from service.metrics import Metrics, package_version
 from service.middleware import RequestContext
 from service.routes import (
     classify,
@@ -31,9 +30,11 @@ from service.routes import (
     v2,
 )
 from service.settings import Settings
+from service.signals.metrics import Metrics, package_version
+from service.signals.tracing import Tracing, make_tracing
 from service.startup import OnStep, Startup
 from service.state import Service
-from service.tracing import Tracing, make_tracing
+from service.wire import openapi
 
 __all__ = ["create_app"]
 
@@ -53,7 +54,7 @@ def create_app(
     Args:
         settings: all of them.
         backbone: instead of the one that the settings name.
-        on_step: hears where a registration is (see `service/tasks.py`).
+        on_step: hears where a registration is (see `tasks.py`).
         in_background: start while requests are answered `starting` already, as a server wants it;
             otherwise the app's lifespan begins when it is ready, or raises why it is not.
         tracing: where spans go, instead of where the settings say.

@@ -2,7 +2,7 @@
 
 uvicorn waits for a request's headers for ever, takes headers of any size, and holds any number of
 idle connections. What a request may cost once its headers are there is not decided here but where
-its body is read (`intake.py`).
+its body is read (`intake/`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import problem_fields
 from service.lifecycle import Lifecycle
-from service.metrics import Metrics
+from service.signals.metrics import Metrics
 
 __all__ = ["Connection", "ConnectionLimits", "Connections"]
 

@@ -14,12 +14,12 @@ from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from service.openai_schemas import EmbeddingsAnswer
-from service.rollout_schemas import Rollout, RolloutAnswer
-from service.route_schemas import RouteResponse
-from service.schemas import ClassifyOptions, ClassifyResponse
-from service.signal_schemas import UsageAnswer
-from service.task_schemas import (
+from service.wire.openai_schemas import EmbeddingsAnswer
+from service.wire.rollout_schemas import Rollout, RolloutAnswer
+from service.wire.route_schemas import RouteResponse
+from service.wire.schemas import ClassifyOptions, ClassifyResponse
+from service.wire.signal_schemas import UsageAnswer
+from service.wire.task_schemas import (
     OperationAnswer,
     OperationsAnswer,
     RegistrationAnswer,

@@ -13,10 +13,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.metrics import Metrics
-from service.notes import CURRENT, Notes
 from service.problems import internal_error
-from service.tracing import RequestSpan, Tracing, Untraced, read_traceparent
+from service.signals.metrics import Metrics
+from service.signals.notes import CURRENT, Notes
+from service.signals.tracing import RequestSpan, Tracing, Untraced, read_traceparent
 
 __all__ = ["GONE", "RequestContext"]
 

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 
 from medley.errors import MedleyError
 from service.errors import EngineError, SyntaxProblemError, problem, problem_fields
-from service.intake import field_errors
-from service.notes import noted
+from service.intake.forms import field_errors
+from service.signals.notes import noted
 
 __all__ = ["PROBLEM_JSON", "answer", "install", "internal_error", "speaks_openai"]
 

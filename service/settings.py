@@ -15,8 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from medley.classifier import check_buckets
 from medley.precision import Precision
-from service.logs import LogFormat, LogLevel
-from service.sources import check_prefix
+from service.signals.logs import LogFormat, LogLevel
+from service.versions.sources import check_prefix
 
 __all__ = ["Settings", "is_loopback"]
 

@@ -8,19 +8,19 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from medley.backbone import Backbone
-from service.bodies import Bodies
-from service.classification import Classification
-from service.engine import Engine
+from service.answers.classification import Classification
+from service.answers.engine import Engine
+from service.answers.inference import Inference
+from service.answers.labels import LabelCache
+from service.answers.rollouts import Rollouts
 from service.errors import UnavailableError
-from service.inference import Inference
-from service.labels import LabelCache
-from service.metrics import Metrics
-from service.reservoir import Reservoir
-from service.residency import Residency
-from service.rollouts import Rollouts
+from service.intake.bodies import Bodies
 from service.settings import Settings
-from service.signals import Signals
-from service.tasks import Tasks
+from service.signals.metrics import Metrics
+from service.signals.reservoir import Reservoir
+from service.signals.signals import Signals
+from service.versions.residency import Residency
+from service.versions.tasks import Tasks
 
 __all__ = ["CurrentService", "Service", "service_of"]
 

@@ -25,10 +25,10 @@ from service.commands.console import (
 from service.commands.pictures import batches, pictures
 
 if TYPE_CHECKING:
-    from service import schemas
     from service.client import RefusedError
-    from service.route_schemas import Decision
-    from service.schemas import ClassifyOptions, Failure, Prediction
+    from service.wire import schemas
+    from service.wire.route_schemas import Decision
+    from service.wire.schemas import ClassifyOptions, Failure, Prediction
 
 __all__ = ["classify", "route"]
 
@@ -75,7 +75,7 @@ def route(
 
 
 def _options(model: str, labels: list[str] | None, **others: object) -> ClassifyOptions:
-    from service.schemas import ClassifyOptions
+    from service.wire.schemas import ClassifyOptions
 
     return ClassifyOptions.model_validate({"model": model, "labels": labels} | others)
 
@@ -101,7 +101,7 @@ def _asked(
 
 
 def _failure(error: RefusedError) -> Failure:
-    from service.schemas import Failure, Problem
+    from service.wire.schemas import Failure, Problem
 
     problem = Problem(
         type="about:blank", title="", status=error.status, code=error.code, detail=str(error)
@@ -117,7 +117,7 @@ def _show(
     as_json: bool,
 ) -> None:
     """Print what is known of each image; status 1 if one could not be used."""
-    from service.schemas import Failure
+    from service.wire.schemas import Failure
 
     failures = 0
     for path, result in asked:

@@ -29,7 +29,7 @@ from service.commands.console import (
 
 if TYPE_CHECKING:
     from service.client import Client
-    from service.task_schemas import OperationAnswer, TaskAnswer
+    from service.wire.task_schemas import OperationAnswer, TaskAnswer
 
 __all__ = ["register"]
 

@@ -20,7 +20,7 @@ from service.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from service.rollout_schemas import RolloutAnswer
+    from service.wire.rollout_schemas import RolloutAnswer
 
 __all__ = ["rollout_commands"]
 
@@ -50,7 +50,7 @@ def start(
     if_match: IfMatch = None,
 ) -> None:
     """Try a registered version on a share of the live version's images."""
-    from service.rollout_schemas import Rollout
+    from service.wire.rollout_schemas import Rollout
 
     with one_line_errors(), open_client(url, key) as client:
         wanted = Rollout(

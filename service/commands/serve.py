@@ -22,10 +22,10 @@ def serve(
 ) -> None:
     """Run a server; further settings come from MEDLEY_* variables (docs/settings.md)."""
     from medley.errors import MedleyError
-    from service import logs
     from service.app import create_app
     from service.server import serve as run
     from service.settings import Settings
+    from service.signals import logs
 
     given: dict[str, Any] = {
         "host": host,

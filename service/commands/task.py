@@ -24,7 +24,7 @@ from service.commands.register import register
 from service.commands.rollout import rollout_commands
 
 if TYPE_CHECKING:
-    from service.task_schemas import TaskAnswer, VersionAnswer
+    from service.wire.task_schemas import TaskAnswer, VersionAnswer
 
 __all__ = ["task_commands"]
 

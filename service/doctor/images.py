@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from service.doctor.findings import Finding, judged
 from service.doctor.poison import Poison, good_image, poisons
 from service.doctor.site import LABELS, Reply, Site
-from service.schemas import ClassifyResponse, Failure, Prediction
+from service.wire.schemas import ClassifyResponse, Failure, Prediction
 
 __all__ = ["check_addresses", "check_deadlines", "check_poison", "check_same"]
 

@@ -16,8 +16,8 @@ from httpx_retries import Retry, RetryTransport
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from service.address import authorization, server_url
-from service.openai_schemas import ErrorAnswer
-from service.schemas import ClassifyResponse, Prediction, Problem
+from service.wire.openai_schemas import ErrorAnswer
+from service.wire.schemas import ClassifyResponse, Prediction, Problem
 
 __all__ = ["Reply", "Site"]
 

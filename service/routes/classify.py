@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from service.call import call_of, until_gone
-from service.intake import read_classification
-from service.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
-from service.schemas import ClassifyResponse
+from service.intake.call import call_of, until_gone
+from service.intake.forms import read_classification
 from service.state import CurrentService
+from service.wire.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
+from service.wire.schemas import ClassifyResponse
 
 __all__ = ["routes"]
 

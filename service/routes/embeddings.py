@@ -14,16 +14,16 @@ from fastapi import APIRouter, Request, Response
 from torch import Tensor
 
 from medley.errors import ImageError
-from service.call import Call, call_of, until_gone
-from service.engine import Answer
+from service.answers.engine import Answer
+from service.answers.planning import Plan
 from service.errors import PayloadError, RequestError
-from service.intake import DataUri, ImageSource, Url, checked
-from service.live import Resident
-from service.openai_schemas import EmbeddingAnswer, EmbeddingsAnswer, EmbeddingsRequest
-from service.openapi import OPENAI_RESPONSES, json_body
-from service.planning import Plan
+from service.intake.call import Call, call_of, until_gone
+from service.intake.forms import DataUri, ImageSource, Url, checked
 from service.settings import Settings
 from service.state import CurrentService, Service
+from service.versions.live import Resident
+from service.wire.openai_schemas import EmbeddingAnswer, EmbeddingsAnswer, EmbeddingsRequest
+from service.wire.openapi import OPENAI_RESPONSES, json_body
 
 __all__ = ["routes"]
 

@@ -6,10 +6,10 @@ from datetime import datetime
 
 from fastapi import APIRouter
 
-from service.openai_schemas import ModelAnswer, ModelsAnswer
-from service.openapi import OPENAI_RESPONSES
-from service.registry import VersionRecord
 from service.state import CurrentService, Service
+from service.versions.registry import VersionRecord
+from service.wire.openai_schemas import ModelAnswer, ModelsAnswer
+from service.wire.openapi import OPENAI_RESPONSES
 
 __all__ = ["routes"]
 

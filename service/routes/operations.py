@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.openapi import PROBLEM_RESPONSES
-from service.operations import Operation
 from service.state import CurrentService
-from service.task_schemas import OperationAnswer, OperationsAnswer
+from service.versions.operations import Operation
+from service.wire.openapi import PROBLEM_RESPONSES
+from service.wire.task_schemas import OperationAnswer, OperationsAnswer
 
 __all__ = ["answer_of", "routes"]
 

@@ -6,15 +6,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from service import etags
+from service.answers.rollouts import Rollouts
 from service.errors import ConflictError, NotFoundError
-from service.json_bodies import read_json
-from service.live import Snapshot
-from service.openapi import PROBLEM_RESPONSES, json_body
-from service.registry import LIVE
-from service.rollout_schemas import Rollout, RolloutAnswer, RolloutRecord, read_record
-from service.rollouts import Rollouts
+from service.intake.json_bodies import read_json
 from service.state import CurrentService
+from service.versions.live import Snapshot
+from service.versions.registry import LIVE
+from service.wire import etags
+from service.wire.openapi import PROBLEM_RESPONSES, json_body
+from service.wire.rollout_schemas import Rollout, RolloutAnswer, RolloutRecord, read_record
 
 __all__ = ["routes"]
 

@@ -6,15 +6,15 @@ from fastapi import APIRouter, Request, Response
 
 from medley.errors import ImageError
 from medley.routed import ZERO_SHOT
-from service.call import Call, call_of, until_gone
-from service.classification import failure_of, path_of, scores_of
-from service.engine import Answer
-from service.inference import Inference
-from service.intake import Intake, read_classification
-from service.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
-from service.planning import Plan, make_plan
-from service.route_schemas import Decision, RouteResponse, RouteScore
+from service.answers.classification import failure_of, path_of, scores_of
+from service.answers.engine import Answer
+from service.answers.inference import Inference
+from service.answers.planning import Plan, make_plan
+from service.intake.call import Call, call_of, until_gone
+from service.intake.forms import Intake, read_classification
 from service.state import CurrentService
+from service.wire.openapi import CLASSIFY_BODY, PROBLEM_RESPONSES
+from service.wire.route_schemas import Decision, RouteResponse, RouteScore
 
 __all__ = ["routes"]
 

@@ -10,17 +10,18 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from service import etags
 from service.errors import MediaTypeError, NotFoundError, PayloadError, RequestTimeoutError
-from service.intake import checked
-from service.live import Snapshot
-from service.openapi import PROBLEM_RESPONSES
-from service.operations import Started
-from service.registry import VersionRecord
+from service.intake.forms import checked
 from service.routes.operations import answer_of
 from service.settings import Settings
 from service.state import CurrentService, Service
-from service.task_schemas import (
+from service.versions.live import Snapshot
+from service.versions.operations import Started
+from service.versions.registry import VersionRecord
+from service.versions.tasks import Registered, Wanted
+from service.wire import etags
+from service.wire.openapi import PROBLEM_RESPONSES
+from service.wire.task_schemas import (
     AliasName,
     OperationAnswer,
     RegistrationAnswer,
@@ -30,7 +31,6 @@ from service.task_schemas import (
     VersionAnswer,
     VersionRequest,
 )
-from service.tasks import Registered, Wanted
 
 __all__ = ["routes"]
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from service.openapi import PROBLEM_RESPONSES
-from service.signal_schemas import UnclaimedAnswer, UnclaimedImage
 from service.state import CurrentService
+from service.wire.openapi import PROBLEM_RESPONSES
+from service.wire.signal_schemas import UnclaimedAnswer, UnclaimedImage
 
 __all__ = ["routes"]
 

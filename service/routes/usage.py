@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from service.errors import NotFoundError
-from service.openapi import PROBLEM_RESPONSES
-from service.signal_schemas import UsageAnswer
 from service.state import CurrentService
+from service.wire.openapi import PROBLEM_RESPONSES
+from service.wire.signal_schemas import UsageAnswer
 
 __all__ = ["routes"]
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.call import call_of, until_gone
+from service.answers.oip import Body, answered, asked_of
 from service.errors import ConflictError, RequestError, UnavailableError
-from service.intake import check_counts
-from service.json_bodies import read_json
-from service.live import Key, Snapshot
-from service.metrics import package_version
-from service.oip import Body, answered, asked_of
-from service.openapi import V2_RESPONSES, json_body
+from service.intake.call import call_of, until_gone
+from service.intake.forms import check_counts
+from service.intake.json_bodies import read_json
 from service.routes.probes import check_live, check_ready
+from service.signals.metrics import package_version
 from service.state import CurrentService, Service
-from service.v2_schemas import (
+from service.versions.live import Key, Snapshot
+from service.wire.openapi import V2_RESPONSES, json_body
+from service.wire.v2_schemas import (
     INPUTS,
     OUTPUTS,
     IndexEntry,

@@ -20,7 +20,7 @@ import torch
 from medley.backbone import Backbone
 from service.app import create_app
 from service.settings import Settings
-from service.tasks import Wanted
+from service.versions.tasks import Wanted
 from tests.models import tiny_backbone
 
 

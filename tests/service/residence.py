@@ -16,13 +16,13 @@ from medley.bundle import Bundle, read_bundle
 from medley.classifier import Ask, Classifier
 from medley.pool import Capacity
 from medley.routed import RoutedModel
-from service.engine import Engine
-from service.live import Key
-from service.loading import Loader
-from service.metrics import Metrics
-from service.registry import LIVE, Desired, VersionRecord
-from service.residency import Residency
-from service.store import BundleStore
+from service.answers.engine import Engine
+from service.signals.metrics import Metrics
+from service.versions.live import Key
+from service.versions.loading import Loader
+from service.versions.registry import LIVE, Desired, VersionRecord
+from service.versions.residency import Residency
+from service.versions.store import BundleStore
 
 __all__ = ["PIXELS", "Residence", "residence", "truth"]
 

@@ -14,10 +14,10 @@ from starlette.testclient import TestClient
 from medley.backbone import Backbone
 from service.access import RULES, Gate, Level, Rules
 from service.app import create_app
-from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.problems import install
 from service.settings import Settings
+from service.signals.metrics import Metrics
 from tests.service.conftest import OpenApp
 
 ADMIN, READER = {"authorization": "Bearer admin"}, {"authorization": "Bearer reader"}

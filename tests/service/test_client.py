@@ -22,8 +22,8 @@ from service.client import (
     StillRunningError,
     UnreachableError,
 )
-from service.rollout_schemas import Rollout
-from service.schemas import ClassifyOptions, Failure, Prediction
+from service.wire.rollout_schemas import Rollout
+from service.wire.schemas import ClassifyOptions, Failure, Prediction
 from tests.service.conftest import ROOT, MakeBundle, ServerProcess
 from tests.service.scripted import CUT, Answer, scripted
 from tests.service.test_start_and_stop import free_port

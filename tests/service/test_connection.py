@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.connection import Connection, ConnectionLimits, Connections
 from service.lifecycle import Lifecycle
-from service.metrics import Metrics
+from service.signals.metrics import Metrics
 from tests.service.conftest import ServerProcess, StartServer
 from tests.service.raw import Raw
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.store import BundleStore
+from service.versions.store import BundleStore
 from tests.service.conftest import ROOT, MakeBundle, OpenApp, ServerProcess, StartServer
 from tests.service.load import loading
 from tests.service.raw import post
-from tests.service.test_classify import classify
+from tests.service.routes.test_classify import classify
 from tests.service.test_start_and_stop import free_port
-from tests.service.test_tasks import put
+from tests.service.versions.test_tasks import put
 
 BEFORE = ["received", "verified", "stored", "admitted", "registry-half", "registry-uncommitted"]
 AFTER = ["committed", "published"]

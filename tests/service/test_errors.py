@@ -8,9 +8,9 @@ from starlette.testclient import TestClient
 
 from medley.errors import BundleError, MedleyError
 from service.errors import STATUS, QueueFullError, problem, status_of
-from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.problems import install
+from service.signals.metrics import Metrics
 
 
 def classes(base: type[MedleyError]) -> set[type[MedleyError]]:

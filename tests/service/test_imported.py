@@ -10,8 +10,8 @@ from medley.errors import BackboneError
 from medley.extractor import load_alexnet
 from tests.models import tiny_backbone
 from tests.service.conftest import OpenApp
-from tests.service.test_classify import classify
-from tests.service.test_tasks import put
+from tests.service.routes.test_classify import classify
+from tests.service.versions.test_tasks import put
 from tests.trainer.imports import authors
 from trainer.imports.autochooser import read_autochooser
 from trainer.imports.bundles import Source, write_bundles

@@ -18,7 +18,7 @@ from schemathesis.schemas import BaseSchema
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from service.access import RULES
-from service.call import TIMEOUT_HEADER
+from service.intake.call import TIMEOUT_HEADER
 from tests.service.conftest import MakeBundle, StartServer
 from tests.service.made import image_bytes
 

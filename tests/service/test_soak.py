@@ -24,7 +24,7 @@ import pytest
 from tests.service.conftest import MakeBundle, ServerProcess, StartServer
 from tests.service.load import Tally, loading
 from tests.service.raw import Raw, post
-from tests.service.test_tasks import put
+from tests.service.versions.test_tasks import put
 
 log = logging.getLogger(__name__)
 State = tuple[str, int | None]  # live version of "swap", which guest is there

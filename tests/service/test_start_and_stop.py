@@ -19,8 +19,8 @@ from service.settings import Settings
 from tests.service.conftest import ROOT, MakeBundle, OpenApp, ServerProcess, StartServer
 from tests.service.load import loading
 from tests.service.raw import Raw, post
-from tests.service.test_classify import classify
-from tests.service.test_tasks import put
+from tests.service.routes.test_classify import classify
+from tests.service.versions.test_tasks import put
 
 PETS = [("pets", "/v1/classify?model=pets"), ("auto", "/v1/classify")]
 

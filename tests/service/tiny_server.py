@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from service import logs
 from service.app import create_app
 from service.server import serve
 from service.settings import Settings
+from service.signals import logs
 from tests.models import tiny_backbone
 
 

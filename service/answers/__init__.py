@@ -1,0 +1,1 @@
+"""From pixels to answers: what is asked, the engine and its queue, labels, candidates."""

@@ -1,0 +1,369 @@
+"""The life of a task version on this server: taken in, live, rolled back, gone, restored at start.
+
+Order of every change: bytes to the store, admission on the device (`residency.py`), one
+registry transaction, flip of the pointer in memory. So a crash leaves the registry before or after,
+and nothing is reported live that is not. One change at a time; requests go on meanwhile. A change
+that has begun is made whole, whoever has given up waiting for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from medley.bundle import Bundle
+from service.errors import ConflictError, PreconditionError, RequestError, StorageError
+from service.signals.metrics import NOBODY, OTHER, ZERO_SHOT_LABEL
+from service.signals.signals import Signals
+from service.versions.live import Key, Live, Snapshot
+from service.versions.operations import Operations, Started
+from service.versions.overlap import Overlap
+from service.versions.registry import LIVE, Desired, IfMatch, Registry, VersionRecord, now
+from service.versions.residency import Residency
+from service.versions.sources import Sources
+from service.versions.store import BundleStore, Upload
+from service.wire.rollout_schemas import RolloutRecord, candidates, read_record
+
+__all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Wanted"]
+
+log = logging.getLogger(__name__)
+RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, NOBODY, OTHER})  # models, metrics
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A registration as it is asked for."""
+
+    task: str
+    version: str
+    activate: bool = True
+    if_match: IfMatch | None = None
+    only_new: bool = False  # not even the very same bundle may be there
+
+    def check(self, desired: Desired) -> None:
+        """Tell before the first byte what can be told.
+
+        Raises:
+            RequestError: no task can be called so.
+            PreconditionError: a condition does not hold.
+        """
+        if self.task in RESERVED_NAMES:
+            raise RequestError(f"no task can be called {self.task}", code="reserved_name")
+        if self.if_match is not None:
+            self.if_match.check(self.task, desired.changed.get(self.task))
+        if self.only_new and (self.task, self.version) in desired.records:
+            raise PreconditionError(f"version {self.version} of {self.task} is there already")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What became of a registration; `created` is False if that very bundle was there."""
+
+    record: VersionRecord
+    created: bool
+    snapshot: Snapshot  # what is served since
+    warnings: tuple[str, ...] = ()
+
+
+class Tasks:
+    """All changes of what is served. Belongs to the event loop's thread.
+
+    Every change but a registration returns what is served since. `on_step` hears where a
+    registration is; tests die there.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        store: BundleStore,
+        sources: Sources,
+        residency: Residency,
+        overlap: Overlap,
+        signals: Signals,
+        max_bundle_bytes: int,
+        on_step: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._sources = sources
+        self._residency = residency
+        self._overlap = overlap
+        self._signals = signals
+        self._max_bundle_bytes = max_bundle_bytes
+        self._on_step = on_step
+        self._verifying = asyncio.Lock()  # one bundle at a time is in memory
+        self._changes = asyncio.Lock()
+        self.operations = Operations()
+
+    @property
+    def live(self) -> Live:
+        """What is served now."""
+        return self._residency.live
+
+    async def restore(self) -> None:
+        """Load what the registry wants; a version that cannot be loaded is marked, not fatal."""
+        desired = await asyncio.to_thread(self._registry.read)
+        await asyncio.to_thread(self._store.clean, {r.digest for r in desired.versions})
+        await self._residency.restore(desired)
+
+    async def close(self) -> None:
+        """Give up registrations that wait, make whole what has begun, and return then."""
+        await self.operations.close()
+
+    async def receive(self, wanted: Wanted, chunks: AsyncIterator[bytes]) -> Started[Registered]:
+        """Take the bytes of a bundle in; what follows is an operation that nobody need wait for.
+
+        A version that is there with the same digest is not loaded again. The operation may end with
+            BundleError, CapacityError: it does not fit; nothing has changed.
+            RequestError: the bundle is for another task or version.
+            ConflictError: that version exists with another digest.
+
+        Raises:
+            RequestError, PreconditionError: see `Wanted.check`.
+            PayloadError, StorageError: too large, or the disk does not take it.
+        """
+        wanted.check(self.live.snapshot.desired)
+        upload = self._store.upload(self._max_bundle_bytes)
+        try:
+            async for chunk in chunks:
+                await asyncio.to_thread(upload.write, chunk)
+            await asyncio.to_thread(upload.finish)
+            self._on_step("received")
+            return self._start(wanted, self._register(wanted, upload))
+        except BaseException:
+            upload.discard()
+            raise
+
+    def fetch(self, wanted: Wanted, source: str) -> Started[Registered]:
+        """Get a bundle from one of the sources; as `receive`, and the fetch is in the operation.
+
+        Raises:
+            AccessError, RequestError: this source may not be fetched.
+            RequestError, PreconditionError: see `Wanted.check`.
+        """
+        self._sources.check(source)
+        wanted.check(self.live.snapshot.desired)
+        return self._start(wanted, self._fetch(wanted, source))
+
+    async def set_alias(
+        self, task: str, alias: str, version: str, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Let an alias name a version, which must work here; `live` makes it live.
+
+        Raises:
+            RequestError: no alias can be called so.
+            NotFoundError, ConflictError, PreconditionError: as `Registry.set_alias`.
+            UnavailableError, CapacityError: the version cannot be brought to the device.
+        """
+        if alias in RESERVED_NAMES:
+            raise RequestError(f"no alias can be called {alias}", code="reserved_name")
+        return await self._change(self._set_alias((task, version), alias, if_match))
+
+    async def delete_alias(
+        self, task: str, alias: str, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Forget an alias; see `Registry.delete_alias`."""
+        return await self._change(
+            self._apply(lambda: self._registry.delete_alias(task, alias, if_match=if_match))
+        )
+
+    async def rollback(self, task: str, *, if_match: IfMatch | None = None) -> Snapshot:
+        """Make the version live that was live before, which must work here."""
+        return await self._change(self._rollback(task, if_match))
+
+    async def set_pinned(
+        self, task: str, version: str, pinned: bool, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Keep a version on the device, or let it be evicted again."""
+
+        def change() -> Desired:
+            return self._registry.set_pinned(task, version, pinned, if_match=if_match)
+
+        needed = self._promise((task, version), if_match, change) if pinned else self._apply(change)
+        return await self._change(needed)
+
+    async def set_rollout(
+        self,
+        task: str,
+        text: str | None,
+        *,
+        version: str | None = None,
+        if_match: IfMatch | None = None,
+    ) -> Snapshot:
+        """Keep a task's rollout; `version` is the candidate, which must work here."""
+
+        def change() -> Desired:
+            return self._registry.set_rollout(task, text, if_match=if_match)
+
+        return await self._change(self._promise((task, version or ""), if_match, change))
+
+    async def stop_rollout(self, task: str, record: RolloutRecord) -> None:
+        """Keep why a rollout was stopped, unless it has become another one meanwhile."""
+        desired = self.live.snapshot.desired
+        text = desired.rollouts.get(task)
+        if text is not None and read_record(text).rollout == record.rollout:
+            unchanged = IfMatch(frozenset({desired.changed[task]}))
+            await self.set_rollout(task, record.model_dump_json(), if_match=unchanged)
+
+    async def delete_version(
+        self, task: str, version: str, *, if_match: IfMatch | None = None
+    ) -> Snapshot:
+        """Remove a version that no alias names and no rollout tries."""
+
+        def delete() -> Desired:
+            if (task, version) in candidates(self.live.snapshot.desired):
+                raise ConflictError(f"{task}@{version} is being tried", code="version_in_use")
+            return self._registry.delete_version(task, version, if_match=if_match)
+
+        return await self._change(self._drop(delete))
+
+    async def delete_task(self, task: str, *, if_match: IfMatch | None = None) -> Snapshot:
+        """Remove a task; requests in flight still get its answers."""
+        return await self._change(
+            self._drop(lambda: self._registry.delete_task(task, if_match=if_match))
+        )
+
+    def _start(self, wanted: Wanted, work: Coroutine[Any, Any, Registered]) -> Started[Registered]:
+        return self.operations.start("register", wanted.task, wanted.version, work)
+
+    async def _fetch(self, wanted: Wanted, source: str) -> Registered:
+        with self._store.upload(self._max_bundle_bytes) as upload:
+            await self._sources.fetch(source, upload)
+            self._on_step("received")
+            return await self._register(wanted, upload)
+
+    async def _register(self, wanted: Wanted, upload: Upload) -> Registered:
+        with upload:
+            async with self._verifying:
+                bundle = await asyncio.to_thread(self._residency.read, upload.path)
+                _check_names(bundle, wanted)
+                self._on_step("verified")
+                registered = await self._change(self._take_in(wanted, upload, bundle))
+        if not registered.created:
+            return registered
+        pixels_NCHW = bundle.tensors["self_test.pixels"]
+        del bundle  # the next may be verified, and is in memory then
+        warnings = await self._overlap.warnings((wanted.task, wanted.version), pixels_NCHW)
+        return replace(registered, warnings=warnings)
+
+    async def _change(self, change: Coroutine[Any, Any, T]) -> T:
+        """Make one change, alone and whole: stopped half way it would leave memory behind."""
+        try:
+            await self._changes.acquire()
+        except BaseException:
+            change.close()
+            raise
+        making = asyncio.create_task(change)
+        making.add_done_callback(lambda _: self._changes.release())
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.wait([making])
+            raise
+
+    async def _apply(self, change: Callable[[], Desired]) -> Snapshot:
+        """Let the registry change, then serve by it."""
+        self._residency.publish(await asyncio.to_thread(change))
+        return self.live.snapshot
+
+    async def _take_in(self, wanted: Wanted, upload: Upload, bundle: Bundle) -> Registered:
+        wanted.check(self.live.snapshot.desired)
+        snapshot, key = self.live.snapshot, (wanted.task, wanted.version)
+        known = snapshot.desired.records.get(key)
+        if known is not None and known.digest != bundle.digest:
+            raise ConflictError(
+                f"version {wanted.version} of {wanted.task} exists with another digest",
+                code="version_exists",
+            )
+        if known is not None and key not in snapshot.failed:
+            if wanted.activate:
+                snapshot = await self._set_alias(key, LIVE, wanted.if_match)
+            return Registered(known, created=False, snapshot=snapshot)
+        record = known or VersionRecord(*key, bundle.digest, now(), upload.size_bytes)
+        await asyncio.to_thread(self._store.keep, upload, bundle.digest)
+        self._on_step("stored")
+        await self._admit_and_commit(record, bundle, wanted, new=known is None)
+        return Registered(record, created=known is None, snapshot=self.live.snapshot)
+
+    async def _admit_and_commit(
+        self, record: VersionRecord, bundle: Bundle, wanted: Wanted, *, new: bool
+    ) -> None:
+        """Device first, registry second, memory last; undone in reverse if a step is refused."""
+        try:
+            resident = await self._residency.admit(record, bundle)
+            self._on_step("admitted")
+            try:
+                desired = await asyncio.to_thread(self._committed, record, wanted, new=new)
+            except BaseException:
+                self._residency.discard(resident)
+                raise
+        except BaseException:
+            if new:
+                await self._remove(record.digest)
+            raise
+        self._on_step("committed")
+        self._residency.publish(desired, resident)
+        self._on_step("published")
+
+    def _committed(self, record: VersionRecord, wanted: Wanted, *, new: bool) -> Desired:
+        task, version, if_match = record.task, record.version, wanted.if_match
+        if new:
+            return self._registry.register(record, activate=wanted.activate, if_match=if_match)
+        if wanted.activate:
+            return self._registry.set_alias(task, LIVE, version, if_match=if_match)
+        return self._registry.read()
+
+    async def _set_alias(self, key: Key, alias: str, if_match: IfMatch | None) -> Snapshot:
+        task, version = key
+        return await self._promise(
+            key,
+            if_match,
+            lambda: self._registry.set_alias(task, alias, version, if_match=if_match),
+        )
+
+    async def _rollback(self, task: str, if_match: IfMatch | None) -> Snapshot:
+        previous = self.live.snapshot.desired.previous.get(task, "")
+        return await self._promise(
+            (task, previous), if_match, lambda: self._registry.rollback(task, if_match=if_match)
+        )
+
+    async def _promise(
+        self, key: Key, if_match: IfMatch | None, change: Callable[[], Desired]
+    ) -> Snapshot:
+        """Have a version on the device before the registry promises it, and until it has."""
+        desired = self.live.snapshot.desired
+        if key not in desired.records:  # the registry says what is missing
+            return await self._apply(change)
+        if if_match is not None:
+            if_match.check(key[0], desired.changed.get(key[0]))
+        async with self._residency.holding(key, again=True):
+            return await self._apply(change)
+
+    async def _drop(self, change: Callable[[], Desired]) -> Snapshot:
+        """Serve no more what the registry has no more."""
+        before = self.live.snapshot.desired
+        after = await self._apply(change)
+        for task in before.tasks.keys() - after.desired.tasks.keys():
+            self._signals.forget(task)
+        for key in before.records.keys() - after.desired.records.keys():
+            await self._remove(before.records[key].digest)
+        return after
+
+    async def _remove(self, digest: str) -> None:
+        """Forget bytes that no record names; what cannot be removed now goes at the next start."""
+        try:
+            await asyncio.to_thread(self._store.remove, digest)
+        except StorageError as error:
+            log.warning("a bundle that is not needed any more stays: %s", error)
+
+
+def _check_names(bundle: Bundle, wanted: Wanted) -> None:
+    meant = f"{wanted.task}@{wanted.version}"
+    given = f"{bundle.manifest.task}@{bundle.manifest.version}"
+    if meant != given:
+        raise RequestError(f"the bundle is {given}, not {meant}", code="name_mismatch")
