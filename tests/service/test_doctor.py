@@ -62,12 +62,14 @@ def test_a_server_with_keys_passes_and_leaves_in_order(
     with start_server(tmp_path / "store", *keys, *times, "image_urls=true") as server:
         reaped = threading.Thread(target=server.process.wait)  # or its id would stay
         reaped.start()
-        words = ["--key", "sesame", "--slow", "--drain", "--pid", str(server.process.pid)]
+        drained = ("--drain", "--pid", str(server.process.pid))
+        words = ["--key", "sesame", "--slow", *drained, "--json"]
         shown = RUNNER.invoke(commands, ["doctor", server.url, *words])
         reaped.join()
     assert shown.exit_code == 0, shown.stdout
-    assert "0 fail, 0 skip" in shown.stdout
-    assert "drain: requests in flight" in shown.stdout
+    outcomes = {row["check"]: row["outcome"] for row in map(json.loads, shown.stdout.splitlines())}
+    assert set(outcomes.values()) == {"pass"}
+    assert "drain: requests in flight" in outcomes
     assert server.process.returncode == 0
 
 
