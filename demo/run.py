@@ -6,6 +6,7 @@ downloaded. What it makes goes into demo/out and is made anew each time.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def server() -> Iterator[str]:
     """Run a server on a free port; on leaving, stop it and insist that it ends cleanly."""
     arguments = ["serve", "--port", "0", "--store", str(OUT / "store")]
     console.print(f"[bold]$ medley {' '.join(arguments)}[/bold]")
-    process = subprocess.Popen([MEDLEY, *arguments], stdout=subprocess.PIPE, text=True)
+    quiet = os.environ | {"MEDLEY_LOG_LEVEL": "warning"}  # not a line for each request
+    process = subprocess.Popen([MEDLEY, *arguments], stdout=subprocess.PIPE, text=True, env=quiet)
     assert process.stdout is not None
     try:
         line = process.stdout.readline().strip()
