@@ -103,10 +103,11 @@ def test_where_an_image_goes_and_why(
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(image)
     bundle = tmp_path / "1.safetensors"
-    bundle.write_bytes(make(task="taker")[1])
+    bundle.write_bytes(make(task="taker", class_names=("taken", "taken away"))[1])
     medley("task", "register", bundle, *url)
 
-    shown = medley("route", folder, *url)
+    # A label that only this task has: others on this server would take the picture as well.
+    shown = medley("route", folder, "--label", "taken", *url)
     assert shown.exit_code == 0, shown.stderr
     assert shown.stdout.count(".png") == 1
     assert shown.stdout.count(".PNG") == 1
