@@ -23,7 +23,13 @@ from medley.classifier import Ask, logits
 from medley.errors import MedleyError
 from service.answers.engine import Answer
 from service.answers.planning import Plan
-from service.errors import DeadlineError, EngineError, QueueFullError, UnavailableError
+from service.errors import (
+    DeadlineError,
+    EngineError,
+    OutOfMemoryError,
+    QueueFullError,
+    UnavailableError,
+)
 from service.signals.metrics import Metrics
 from service.versions.live import Live, Resident, Snapshot
 from service.wire.rollout_schemas import Rollout, RolloutRecord, read_record
@@ -75,7 +81,7 @@ class Tally:
 class _Trial:
     """A task's live version and its candidate, of one snapshot."""
 
-    rollout: Rollout
+    record: RolloutRecord
     live: Resident
     candidate: Resident
 
@@ -83,10 +89,14 @@ class _Trial:
     def task(self) -> str:
         return self.live.record.task
 
+    @property
+    def rollout(self) -> Rollout:
+        return self.record.rollout
+
 
 @dataclass
 class _Seen:
-    rollout: Rollout
+    id: str  # of the record
     tally: Tally = field(default_factory=Tally)
     stopping: bool = False
 
@@ -107,10 +117,10 @@ class Rollouts:
         self._seen: dict[str, _Seen] = {}
         self._running: set[asyncio.Task[None]] = set()
 
-    def tally(self, task: str, rollout: Rollout) -> Tally:
+    def tally(self, task: str, record: RolloutRecord) -> Tally:
         """What was seen of this very rollout here."""
         seen = self._seen.get(task)
-        return seen.tally if seen is not None and seen.rollout == rollout else Tally()
+        return seen.tally if seen is not None and seen.id == record.id else Tally()
 
     async def close(self) -> None:
         """Let what still runs end."""
@@ -134,7 +144,14 @@ class Rollouts:
         trials = self._trials(plan, pixels, [plan.ask.path] * len(pixels))
         futures, beside = self._submit(pixels, plan, trials, submit)
         try:
-            answers = await asyncio.gather(*futures)
+            try:
+                answers = await asyncio.gather(*futures)
+            except EngineError as error:
+                if not beside or isinstance(error, OutOfMemoryError):
+                    raise
+                await self._blame(trials, beside)
+                futures, beside = submit(pixels, [plan.ask] * len(pixels)), {}
+                answers = await asyncio.gather(*futures)
             if plan.ask.path is None:
                 trials = self._trials(plan, pixels, [answer.path for answer in answers])
                 beside = _submit_beside(pixels, trials, submit)
@@ -169,7 +186,7 @@ class Rollouts:
         candidate = snapshot.residents.get((live.record.task, record.rollout.version))
         if record.stopped is not None or candidate is None or candidate is live:
             return None
-        return _Trial(record.rollout, live, candidate)
+        return _Trial(record, live, candidate)
 
     def _submit(
         self,
@@ -217,7 +234,7 @@ class Rollouts:
         """Count whether the candidate agrees; its answer, or the live version's if it has none."""
         try:
             theirs = await future
-        except (DeadlineError, UnavailableError):
+        except (DeadlineError, OutOfMemoryError, UnavailableError):
             return answer  # not the candidate's fault
         except EngineError:
             self._saw(trial, "error")
@@ -229,11 +246,19 @@ class Rollouts:
         self._saw(trial, "same" if agree else "different")
         return theirs
 
+    async def _blame(
+        self, trials: dict[int, _Trial], beside: dict[int, asyncio.Future[Answer]]
+    ) -> None:
+        """Count a failed batch against the candidates whose rows shared it."""
+        await asyncio.gather(*beside.values(), return_exceptions=True)  # they have failed too
+        for trial in trials.values():
+            self._saw(trial, "error")
+
     def _saw(self, trial: _Trial, result: Result) -> None:
         rollout, task = trial.rollout, trial.task
         seen = self._seen.get(task)
-        if seen is None or seen.rollout != rollout:
-            seen = self._seen[task] = _Seen(rollout)
+        if seen is None or seen.id != trial.record.id:
+            seen = self._seen[task] = _Seen(trial.record.id)
         seen.tally.add(result)
         self._metrics.rollout_images.labels(self._metrics.task_label(task), result).inc()
         reason = seen.tally.reason_to_stop(rollout)
@@ -242,7 +267,7 @@ class Rollouts:
             log.warning("%s@%s is taken out: %s", task, rollout.version, reason)
             self._metrics.rollout_stops.labels(self._metrics.task_label(task)).inc()
             stopping = asyncio.create_task(
-                self._stopped(seen, task, RolloutRecord(rollout=rollout, stopped=reason))
+                self._stopped(seen, task, trial.record.model_copy(update={"stopped": reason}))
             )
             self._running.add(stopping)
             stopping.add_done_callback(self._running.discard)

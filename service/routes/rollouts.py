@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import uuid
+from contextlib import suppress
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from service.answers.rollouts import Rollouts
-from service.errors import ConflictError, NotFoundError
+from service.errors import ConflictError, NotFoundError, PreconditionError
 from service.intake.json_bodies import read_json
 from service.state import CurrentService
 from service.versions.live import Snapshot
-from service.versions.registry import LIVE
+from service.versions.registry import LIVE, IfMatch
 from service.wire import etags
+from service.wire.etags import IfMatchHeader
 from service.wire.openapi import PROBLEM_RESPONSES, json_body
 from service.wire.rollout_schemas import Rollout, RolloutAnswer, RolloutRecord, read_record
 
 __all__ = ["routes"]
 
 routes = APIRouter(prefix="/v1/tasks", tags=["rollouts"], responses=PROBLEM_RESPONSES)
-IfMatchHeader = Annotated[
-    str | None, Header(description="The task's ETag, or *; the change is refused if it is not so")
-]
 
 
 @routes.get("/{task}/rollout")
@@ -47,7 +46,7 @@ async def start(
         raise NotFoundError(f"{task} has no version {wanted.version}", code="unknown_version")
     if snapshot.key(task)[1] == wanted.version:
         raise ConflictError(f"{task}@{wanted.version} is live already", code="version_live")
-    text = RolloutRecord(rollout=wanted).model_dump_json()
+    text = RolloutRecord(id=uuid.uuid4().hex, rollout=wanted).model_dump_json()
     after = await service.tasks.set_rollout(
         task, text, version=wanted.version, if_match=etags.if_match(if_match)
     )
@@ -69,8 +68,10 @@ async def promote(
     record = _record(service.tasks.live.snapshot, task)
     answer = _answer(service.tasks.live.snapshot, task, service.rollouts, response)
     version = record.rollout.version
-    await service.tasks.set_alias(task, LIVE, version, if_match=etags.if_match(if_match))
-    after = await service.tasks.set_rollout(task, None)
+    after = await service.tasks.set_alias(task, LIVE, version, if_match=etags.if_match(if_match))
+    with suppress(PreconditionError):  # somebody has begun another meanwhile: it stays
+        unchanged = IfMatch(frozenset({after.desired.changed[task]}))
+        after = await service.tasks.set_rollout(task, None, if_match=unchanged)
     changed = {"live": version, "generation": after.desired.generation}
     response.headers["ETag"] = etags.etag(after.desired.changed[task])
     return answer.model_copy(update=changed)
@@ -87,7 +88,7 @@ def _record(snapshot: Snapshot, task: str) -> RolloutRecord:
 
 def _answer(snapshot: Snapshot, task: str, rollouts: Rollouts, response: Response) -> RolloutAnswer:
     record = _record(snapshot, task)
-    tally = rollouts.tally(task, record.rollout)
+    tally = rollouts.tally(task, record)
     response.headers["ETag"] = etags.etag(snapshot.desired.changed[task])
     return RolloutAnswer(
         task=task,

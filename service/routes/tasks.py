@@ -20,6 +20,7 @@ from service.versions.operations import Started
 from service.versions.registry import VersionRecord
 from service.versions.tasks import Registered, Wanted
 from service.wire import etags
+from service.wire.etags import IfMatchHeader
 from service.wire.openapi import PROBLEM_RESPONSES
 from service.wire.task_schemas import (
     AliasName,
@@ -62,9 +63,6 @@ REGISTRATIONS: Responses = {
     },
 }
 UNCHANGED: Responses = {304: {"description": "The client has this already"}}
-IfMatchHeader = Annotated[
-    str | None, Header(description="The task's ETag, or *; the change is refused if it is not so")
-]
 IfNoneMatchHeader = Annotated[str | None, Header(description="ETags that the client has")]
 
 

@@ -206,7 +206,7 @@ class Tasks:
         """Keep why a rollout was stopped, unless it has become another one meanwhile."""
         desired = self.live.snapshot.desired
         text = desired.rollouts.get(task)
-        if text is not None and read_record(text).rollout == record.rollout:
+        if text is not None and read_record(text).id == record.id:
             unchanged = IfMatch(frozenset({desired.changed[task]}))
             await self.set_rollout(task, record.model_dump_json(), if_match=unchanged)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
+
+from fastapi import Header
 
 from service.errors import RequestError
 from service.versions.registry import IfMatch
 
-__all__ = ["etag", "if_match", "is_same", "only_new"]
+__all__ = ["IfMatchHeader", "etag", "if_match", "is_same", "only_new"]
 
+IfMatchHeader = Annotated[
+    str | None, Header(description="The task's ETag, or *; the change is refused if it is not so")
+]
 _TAG = re.compile(r'(W/)?"([^"]*)"')
 
 

@@ -39,6 +39,7 @@ class RolloutRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    id: str = Field(description="Of this start: the same rollout again counts from nothing")
     rollout: Rollout
     stopped: str | None = None
 

@@ -126,6 +126,13 @@ def test_a_candidate_that_disagrees_is_taken_out_by_itself(
         assert value_of(metrics, 'medley_rollout_stops_total{task="pets"} ') == 1
         assert classify(http, image_bytes(), model="pets@2", labels=None).status_code == 200
 
+        again = start(http, mode=mode, min_images=8, max_disagreement=0.05).json()
+        assert (again["stopped"], again["same"], again["different"]) == (None, 0, 0)
+        for _ in range(4):
+            versions(http, 8)
+        while standing(http)["stopped"] is None:
+            pass
+
 
 def test_a_rollout_outlives_the_server_and_its_version_stays(
     open_app: OpenApp, make: MakeBundle
@@ -204,7 +211,9 @@ class FailingCandidate:
 @pytest.mark.parametrize("nan", [False, True])
 @pytest.mark.parametrize("mode", ["shadow", "canary"])
 def test_a_candidate_that_fails_costs_no_answer_and_is_taken_out(mode: str, nan: bool) -> None:
-    record = RolloutRecord.model_validate({"rollout": {"version": "2", "mode": mode, "share": 1}})
+    record = RolloutRecord.model_validate(
+        {"id": "1", "rollout": {"version": "2", "mode": mode, "share": 1}}
+    )
     stopped: list[RolloutRecord] = []
 
     async def stop(task: str, record: RolloutRecord) -> None:
@@ -222,6 +231,37 @@ def test_a_candidate_that_fails_costs_no_answer_and_is_taken_out(mode: str, nan:
     (answer,) = asyncio.run(ask())
     assert answer.path == 0
     assert [record.stopped for record in stopped] == ["1 images failed, 0 may"]
+
+
+class FailingTogether(FailingCandidate):
+    """A batch with the candidate's row in it fails as a whole."""
+
+    def __call__(self, pixels: object, asks: Sequence[Ask]) -> list[asyncio.Future[Answer]]:
+        if all(ask.path != 1 for ask in asks):
+            return super().__call__(pixels, asks)
+        futures = [asyncio.get_running_loop().create_future() for _ in asks]
+        for future in futures:
+            future.set_exception(EngineError("the batch failed"))
+        return futures
+
+
+def test_a_candidate_that_fails_the_batch_it_shares_costs_no_answer() -> None:
+    record = RolloutRecord.model_validate({"id": "1", "rollout": {"version": "2", "share": 1}})
+
+    async def stop(task: str, record: RolloutRecord) -> None:
+        pass
+
+    async def ask() -> tuple[list[Answer], int]:
+        live = Live(unload=lambda path: None)
+        live.publish(two_versions(record))
+        rollouts = Rollouts(live, Metrics(), stop=stop)
+        plan = make_plan(live.snapshot, "pets")
+        answers = await rollouts.answers([black()], plan, FailingTogether(nan=False))
+        await rollouts.close()
+        return answers, rollouts.tally("pets", record).error
+
+    answers, errors = asyncio.run(ask())
+    assert ([answer.path for answer in answers], errors) == ([0], 1)
 
 
 def two_versions(record: RolloutRecord) -> Snapshot:

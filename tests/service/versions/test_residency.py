@@ -112,7 +112,7 @@ def test_what_is_live_named_tried_or_pinned_never_leaves(
         if how == "pin":
             here.pin(A)
         elif how == "rollout":
-            text = RolloutRecord(rollout=Rollout(version="1")).model_dump_json()
+            text = RolloutRecord(id="1", rollout=Rollout(version="1")).model_dump_json()
             here.want(replace(here.desired, rollouts={"a": text}))
         else:
             here.alias(A, LIVE if how == "live" else "canary")
