@@ -58,6 +58,41 @@ class Settings(BaseSettings):
     store: Path = Field(
         default=Path("store"), description="Folder of the registry and the bundle files"
     )
+    registry: SecretStr | None = Field(
+        default=None,
+        description="Redis URL of a registry that replicas share; without one it is in the store",
+    )
+    registry_password: SecretStr | None = Field(
+        default=None, description="Password of that Redis, if its URL has none"
+    )
+    registry_prefix: str = Field(
+        default="medley",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Of its keys there: clusters on one Redis have one each",
+    )
+    registry_timeout_s: float = Field(
+        default=2.0, gt=0, description="Longest wait for one answer of that Redis"
+    )
+    registry_wait_s: float = Field(
+        default=60.0, ge=0, description="How long a start waits for a registry that is away"
+    )
+    poll_s: float = Field(
+        default=2.0, gt=0, description="How often a replica looks at the registry, unless told to"
+    )
+    replica_ttl_s: float = Field(
+        default=10.0, gt=0, description="A replica that was not heard of for so long is gone"
+    )
+    generation_wait_s: float = Field(
+        default=5.0, ge=0, description="Longest wait for the generation that a request asks for"
+    )
+    bundle_store: str = Field(
+        default="",
+        description="Folder or URL of the bundles that replicas share; needed with a registry",
+    )
+    keep_unused_s: float = Field(
+        default=3600.0, ge=0, description="How long that store keeps bundles that nobody uses"
+    )
+
     admin_key: SecretStr | None = Field(
         default=None,
         description="Bearer key that changes need; without one they work on a loopback host only",
@@ -202,6 +237,12 @@ class Settings(BaseSettings):
     reservoir_bytes: int = Field(
         default=256 * MIB, ge=1, description="Most bytes of that sample on disk"
     )
+
+    @model_validator(mode="after")
+    def _registry_has_store(self) -> Settings:
+        if (self.registry is None) != (not self.bundle_store):
+            raise ValueError("registry and bundle_store go together: replicas share both or none")
+        return self
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Settings:
