@@ -21,6 +21,7 @@ from pydantic import SecretStr, ValidationError
 from service import exchanges
 from service.address import authorization, server_url
 from service.exchanges import AwaitedUpload, Exchange, OnProgress
+from service.wire.headers import GENERATION_HEADER, MIN_GENERATION_HEADER
 from service.wire.openai_schemas import EmbeddingsAnswer
 from service.wire.rollout_schemas import Rollout, RolloutAnswer
 from service.wire.route_schemas import RouteResponse
@@ -92,6 +93,8 @@ class _Calls:
             to load a bundle.
         retries: how often a request is repeated. One whose repetition could do harm is repeated
             only as long as no connection comes about.
+        own_changes: whichever replica answers, it has to know of all changes made here before. Not
+            for servers behind one address that share no registry.
 
     Raises:
         ValueError: url or key cannot be one.
@@ -104,8 +107,11 @@ class _Calls:
         key: SecretStr | None = None,
         timeout_s: float = 30.0,
         retries: int = RETRIES,
+        own_changes: bool = True,
     ) -> None:
         self._open(server_url(url), authorization(key))
+        self._own_changes = own_changes
+        self._generation = 0  # of the last change that was made here
         self._timeout_s = timeout_s
         self._wait_s = min(LONG * timeout_s, LONGEST_S)
         self._retry = Retry(
@@ -128,6 +134,8 @@ class _Calls:
         headers = dict(exchange.options.get("headers", {}))
         if if_match is not None:
             headers["If-Match"] = f'"{if_match}"'
+        if self._own_changes and self._generation:
+            headers[MIN_GENERATION_HEADER] = str(self._generation)
         again = exchange.again and if_match is None
         timeout_s = self._timeout_s + (self._wait_s if exchange.long else 0.0)
         return {
@@ -137,6 +145,12 @@ class _Calls:
             "timeout": httpx.Timeout(timeout_s, pool=None),
             "extensions": {"retry": self._retry if again else self._retry_unsent},
         }
+
+    def _read(self, exchange: Exchange[T], response: httpx.Response) -> T:
+        told = response.headers.get(GENERATION_HEADER, "")
+        if exchange.changes and response.is_success and told.isdecimal():
+            self._generation = max(self._generation, int(told))
+        return _read(exchange, response)
 
 
 class Client(_Calls):
@@ -173,7 +187,7 @@ class Client(_Calls):
             options["content"] = exchange.upload
         with _reached():
             response = self._http.request(exchange.method, exchange.path, **options)
-        return _read(exchange, response)
+        return self._read(exchange, response)
 
     def classify(
         self, images: Sequence[bytes], options: ClassifyOptions | None = None
@@ -333,7 +347,7 @@ class AsyncClient(_Calls):
             options["content"] = AwaitedUpload(exchange.upload)
         with _reached():
             response = await self._http.request(exchange.method, exchange.path, **options)
-        return _read(exchange, response)
+        return self._read(exchange, response)
 
     async def classify(
         self, images: Sequence[bytes], options: ClassifyOptions | None = None

@@ -153,7 +153,7 @@ class DeadlineError(ServiceError):
 class UnavailableError(ServiceError):
     """Not able to answer now.
 
-    Codes: starting, not_ready, draining, engine_dead, version_failed, registry_unavailable.
+    Codes: starting, not_ready, draining, engine_dead, version_failed, registry_unavailable, behind.
     """
 
     code = "not_ready"
@@ -216,6 +216,7 @@ RETRY_AFTER_S = {  # where waiting helps; an error that knows better says so its
     "draining": 1,
     "not_ready": 5,
     "registry_unavailable": 1,
+    "behind": 1,
 }
 
 

@@ -106,6 +106,11 @@ class Exchange(Generic[T]):
     long: bool = False
     again: bool = True
 
+    @property
+    def changes(self) -> bool:
+        """Whether it changes what is served."""
+        return self.method != "GET" and self.path.startswith("/v1/tasks")
+
 
 def classify(images: Sequence[bytes], options: ClassifyOptions) -> Exchange[ClassifyResponse]:
     """Classify image files."""

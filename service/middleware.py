@@ -17,6 +17,7 @@ from service.problems import internal_error
 from service.signals.metrics import Metrics
 from service.signals.notes import CURRENT, Notes
 from service.signals.tracing import RequestSpan, Tracing, Untraced, read_traceparent
+from service.wire.headers import GENERATION_HEADER, REPLICA_HEADER
 
 __all__ = ["GONE", "RequestContext"]
 
@@ -93,12 +94,13 @@ class RequestContext:
                 await response(scope, exchange.receive, exchange.send)
 
     def _headers(self, notes: Notes, span: RequestSpan) -> dict[str, str]:
+        generation = self._generation() if notes.generation is None else notes.generation
         headers = {
             "X-Request-Id": notes.request_id,
-            "X-Registry-Generation": str(self._generation()),
+            GENERATION_HEADER: str(generation),
             "traceparent": span.trace.header,
         }
-        return headers | ({"X-Replica": self._replica} if self._replica else {})
+        return headers | ({REPLICA_HEADER: self._replica} if self._replica else {})
 
     def _ended(
         self, scope: Scope, status: int, notes: Notes, span: RequestSpan, duration_s: float

@@ -26,6 +26,7 @@ from service.intake.decoding import Decoding
 from service.intake.fetch import Fetching
 from service.intake.forms import ImageSource, Url
 from service.intake.room import Room
+from service.signals.notes import noted
 from service.signals.signals import Became, Signals
 from service.versions.residency import Residency
 
@@ -102,6 +103,7 @@ class Inference:
             async with call.in_time():
                 lease = self._residency.lease(key, holder=call.request_id)
                 snapshot = await stack.enter_async_context(lease)
+            noted().generation = snapshot.desired.generation
             yield make_plan(snapshot, model, labels)
 
     async def run(

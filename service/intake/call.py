@@ -17,10 +17,10 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import DeadlineError, RequestError
 from service.settings import Settings
+from service.wire.headers import TIMEOUT_HEADER
 
-__all__ = ["TIMEOUT_HEADER", "Call", "call_of", "until_gone"]
+__all__ = ["Call", "call_of", "until_gone"]
 
-TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 T = TypeVar("T")
 
 

@@ -35,6 +35,7 @@ class Notes:
     answered: Counter[str] = field(default_factory=Counter)  # images by task, zero_shot as one
     stages: list[Stage] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)  # codes, of the request or its images
+    generation: int | None = None  # of the registry, that the answer is made from
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:

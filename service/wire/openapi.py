@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.access import RULES, Level
-from service.intake.call import TIMEOUT_HEADER
 from service.problems import PROBLEM_JSON
 from service.wire.examples import EXAMPLES, Example
+from service.wire.headers import MIN_GENERATION_HEADER, TIMEOUT_HEADER
 from service.wire.openai_schemas import EmbeddingsRequest, ErrorAnswer
 from service.wire.rollout_schemas import Rollout
 from service.wire.schemas import ClassifyOptions, ClassifyRequest, Problem
@@ -44,6 +44,14 @@ _TIMEOUT: dict[str, Any] = {
     "in": "header",
     "description": "Milliseconds until the answer is of no use any more",
     "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999_999},
+}
+
+
+_MIN_GENERATION: dict[str, Any] = {
+    "name": MIN_GENERATION_HEADER,
+    "in": "header",
+    "description": "Answer from this generation of the registry, or a later one",
+    "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999_999_999},
 }
 
 
@@ -146,6 +154,8 @@ def _complete(document: dict[str, Any]) -> None:
     for path, method, operation in operations(document):
         level = RULES.get(path, {}).get(method, Level.CHANGE)
         operation["security"] = _SECURITY[level]
+        if level is not Level.OPEN:
+            operation["parameters"] = [*operation.get("parameters", ()), _MIN_GENERATION]
         operation["responses"].setdefault("default", PROBLEM_RESPONSES["default"])
         if (method, path) in EXAMPLES:
             _show(EXAMPLES[method, path], operation)
