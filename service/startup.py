@@ -26,6 +26,7 @@ from service.intake.decoding import Decoding
 from service.intake.fetch import Fetching
 from service.intake.room import Room
 from service.settings import Settings
+from service.signals import memory
 from service.signals.metrics import Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
@@ -131,6 +132,7 @@ class Startup:
         if backbone is None:
             backbone = await asyncio.to_thread(_load_backbone, settings)
         self._metrics.describe(backbone.name, backbone.fingerprint)
+        memory.watch(self._metrics, backbone.device)
         return backbone, await asyncio.to_thread(_make_classifier, settings, backbone, extractors)
 
     def _start_engine(self, classifier: Classifier) -> Engine:

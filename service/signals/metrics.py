@@ -16,6 +16,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
 )
 from prometheus_client.metrics_core import Metric
@@ -185,6 +186,11 @@ class Metrics:
         self.bundle_loads = Counter(
             "medley_bundle_loads", "Admissions by result", ["result"], registry=registry
         )
+        self.self_test_failures = Counter(
+            "medley_self_test_failures",
+            "Versions that did not answer as they did when they were made",
+            registry=registry,
+        )
         self.bundle_load_s = Histogram(
             "medley_bundle_load_seconds",
             "Time of one phase of bringing a version to the device",
@@ -224,6 +230,18 @@ class Metrics:
         self.generation = Gauge(
             "medley_registry_generation",
             "Generation of the registry, desired and observed",
+            ["kind"],
+            registry=registry,
+        )
+        ProcessCollector(registry=registry)
+        self.memory_limit_bytes = Gauge(
+            "medley_memory_limit_bytes",
+            "Memory that this process may take",
+            registry=registry,
+        )
+        self.device_memory_bytes = Gauge(
+            "medley_device_memory_bytes",
+            "Memory of the device, if it has its own",
             ["kind"],
             registry=registry,
         )

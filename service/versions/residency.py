@@ -373,8 +373,9 @@ class Residency:
     def _counted(self) -> Iterator[None]:
         try:
             yield
-        except MedleyError:
+        except MedleyError as error:
             self._metrics.bundle_loads.labels("refused").inc()
+            self._metrics.self_test_failures.inc(error.code == "self_test_failed")
             raise
         self._metrics.bundle_loads.labels("ok").inc()
 
