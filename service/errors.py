@@ -34,6 +34,7 @@ __all__ = [
     "PayloadError",
     "PreconditionError",
     "QueueFullError",
+    "RegistryError",
     "RequestError",
     "RequestTimeoutError",
     "ServiceError",
@@ -159,8 +160,18 @@ class UnavailableError(ServiceError):
     code = "not_ready"
 
 
+class RegistryError(UnavailableError):
+    """A registry that is none for this server: a start ends there, waiting does not help.
+
+    It is another store's, another backbone's, a newer Medley's, or no registry at all; or its
+    address or password is wrong.
+    """
+
+    code = "registry_foreign"
+
+
 class StorageError(ServiceError):
-    """The store cannot take the bytes: full, or not writable."""
+    """The store cannot take the bytes or give them: full, not writable, or (shared) away."""
 
     code = "storage_full"
 
@@ -198,6 +209,7 @@ STATUS: dict[type[MedleyError], int] = {
     RequestTimeoutError: 408,
     FetchError: 422,
     UnavailableError: 503,
+    RegistryError: 503,
     StorageError: 507,
     EngineError: 500,
     DeadlineError: 504,
@@ -210,12 +222,14 @@ STATUS_OF_CODE = {  # a code that says more than its class
     "changes_disabled": 403,
     "sources_disabled": 403,
     "cross_origin": 403,
+    "store_unavailable": 503,
 }
 RETRY_AFTER_S = {  # where waiting helps; an error that knows better says so itself
     "starting": 1,
     "draining": 1,
     "not_ready": 5,
     "registry_unavailable": 1,
+    "store_unavailable": 5,
     "behind": 1,
 }
 

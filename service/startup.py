@@ -32,8 +32,8 @@ from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
 from service.state import Service
 from service.versions.loading import Loader
+from service.versions.local_registry import LocalRegistry
 from service.versions.overlap import Overlap
-from service.versions.registry import LocalRegistry
 from service.versions.residency import Residency
 from service.versions.sources import Sources
 from service.versions.store import BundleStore

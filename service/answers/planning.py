@@ -11,8 +11,8 @@ from typing import Literal
 
 from medley.classifier import Ask
 from medley.routed import ZERO_SHOT
+from service.versions.desired import LIVE
 from service.versions.live import Snapshot
-from service.versions.registry import LIVE
 
 __all__ = ["Plan", "RoutedBy", "make_plan"]
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from fastapi import APIRouter
 
 from service.state import CurrentService, Service
-from service.versions.registry import VersionRecord
+from service.versions.desired import VersionRecord
 from service.wire.openai_schemas import ModelAnswer, ModelsAnswer
 from service.wire.openapi import OPENAI_RESPONSES
 

@@ -11,8 +11,8 @@ from service.answers.rollouts import Rollouts
 from service.errors import ConflictError, NotFoundError, PreconditionError
 from service.intake.json_bodies import read_json
 from service.state import CurrentService
+from service.versions.desired import LIVE, IfMatch
 from service.versions.live import Snapshot
-from service.versions.registry import LIVE, IfMatch
 from service.wire import etags
 from service.wire.etags import IfMatchHeader
 from service.wire.openapi import PROBLEM_RESPONSES, json_body

@@ -15,9 +15,9 @@ from service.intake.forms import checked
 from service.routes.operations import answer_of
 from service.settings import Settings
 from service.state import CurrentService, Service
+from service.versions.desired import VersionRecord
 from service.versions.live import Snapshot
 from service.versions.operations import Started
-from service.versions.registry import VersionRecord
 from service.versions.tasks import Registered, Wanted
 from service.wire import etags
 from service.wire.etags import IfMatchHeader

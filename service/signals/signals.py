@@ -20,8 +20,8 @@ from service.intake.forms import ImageSource
 from service.signals.metrics import ZERO_SHOT_LABEL, Metrics
 from service.signals.notes import noted
 from service.signals.reservoir import Reservoir
+from service.versions.desired import now
 from service.versions.live import Live, Resident
-from service.versions.registry import now
 
 __all__ = ["Became", "Signals", "Used"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from service.errors import NotFoundError, UnavailableError
-from service.versions.registry import Desired, VersionRecord
+from service.versions.desired import Desired, VersionRecord
 
 __all__ = ["Key", "LabelSet", "Leaving", "Live", "Resident", "Snapshot", "Tier"]
 

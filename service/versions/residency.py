@@ -21,10 +21,10 @@ from medley.errors import BundleError, CapacityError, MedleyError
 from medley.routed import PackedTask
 from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.signals.metrics import OTHER, Metrics
+from service.versions.desired import Desired, VersionRecord
 from service.versions.host_tier import HostTier, Prepared
 from service.versions.live import Key, LabelSet, Leaving, Live, Resident, Snapshot
 from service.versions.loading import Loader
-from service.versions.registry import Desired, VersionRecord
 from service.versions.store import BundleStore
 from service.wire.rollout_schemas import candidates
 

@@ -18,10 +18,11 @@ from medley.bundle import Bundle
 from service.errors import ConflictError, PreconditionError, RequestError, StorageError
 from service.signals.metrics import NOBODY, OTHER, ZERO_SHOT_LABEL
 from service.signals.signals import Signals
+from service.versions.desired import LIVE, Desired, IfMatch, VersionRecord, now
 from service.versions.live import Key, Live, Snapshot
 from service.versions.operations import Operations, Started
 from service.versions.overlap import Overlap
-from service.versions.registry import LIVE, Desired, IfMatch, Registry, VersionRecord, now
+from service.versions.registry import Registry
 from service.versions.residency import Residency
 from service.versions.sources import Sources
 from service.versions.store import BundleStore, Upload

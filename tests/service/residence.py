@@ -18,9 +18,9 @@ from medley.pool import Capacity
 from medley.routed import RoutedModel
 from service.answers.engine import Engine
 from service.signals.metrics import Metrics
+from service.versions.desired import LIVE, Desired, VersionRecord
 from service.versions.live import Key
 from service.versions.loading import Loader
-from service.versions.registry import LIVE, Desired, VersionRecord
 from service.versions.residency import Residency
 from service.versions.store import BundleStore
 

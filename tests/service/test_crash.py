@@ -25,7 +25,7 @@ from tests.service.routes.test_classify import classify
 from tests.service.test_start_and_stop import free_port
 from tests.service.versions.test_tasks import put
 
-BEFORE = ["received", "verified", "stored", "admitted", "registry-half", "registry-uncommitted"]
+BEFORE = ["received", "verified", "stored", "admitted", "registry-uncommitted"]
 AFTER = ["committed", "published"]
 
 

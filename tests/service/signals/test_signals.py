@@ -17,8 +17,8 @@ from service.answers.planning import Plan
 from service.signals.metrics import OTHER, Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
+from service.versions.desired import Desired, VersionRecord
 from service.versions.live import LabelSet, Live, Resident, Snapshot
-from service.versions.registry import Desired, VersionRecord
 from tests.service.conftest import MakeBundle, OpenApp, ServerProcess
 
 NEVER = -1e9  # a threshold that refuses every image

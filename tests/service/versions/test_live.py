@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from service.errors import NotFoundError, UnavailableError
+from service.versions.desired import Desired, VersionRecord
 from service.versions.live import LabelSet, Live, Resident, Snapshot
-from service.versions.registry import Desired, VersionRecord
 
 
 def resident(task: str, version: str, path: int, names: tuple[str, ...] = ("x",)) -> Resident:

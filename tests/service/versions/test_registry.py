@@ -17,7 +17,8 @@ from service.errors import (
     StorageError,
     UnavailableError,
 )
-from service.versions.registry import Desired, IfMatch, LocalRegistry, VersionRecord
+from service.versions.desired import Desired, IfMatch, VersionRecord
+from service.versions.local_registry import LocalRegistry
 
 TASKS, VERSIONS = ("a", "b"), ("1", "2", "3")
 CHANGES = (

@@ -22,9 +22,9 @@ from medley.classifier import Ask, Classifier
 from medley.errors import BundleError, CapacityError
 from medley.routed import RoutedModel
 from service.errors import ConflictError, NotFoundError, UnavailableError
+from service.versions.desired import LIVE, Desired, VersionRecord
 from service.versions.host_tier import HostTier, Prepared
 from service.versions.live import Key, Snapshot
-from service.versions.registry import LIVE, Desired, VersionRecord
 from service.wire.rollout_schemas import Rollout, RolloutRecord
 from tests.service.conftest import MakeBundle
 from tests.service.residence import PIXELS, Residence, residence, truth

@@ -1,0 +1,116 @@
+"""The desired state as one document, and that document as JSON.
+
+`Desired` is what the rest of the server reads from it. A state is never edited: `changes.py`
+makes the next one. The JSON is what SQLite, Redis and the copies in the bundle store hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
+
+from service.errors import RegistryError
+from service.versions.desired import LIVE, Desired, VersionRecord
+
+__all__ = ["FORMAT", "State", "TaskState"]
+
+FORMAT = 1
+_REMEMBERED = 32  # ids of earlier changes: who lost the answer to its own finds it here
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """All about one task; `activations` is a stack whose last version is live."""
+
+    versions: tuple[VersionRecord, ...] = ()  # oldest first
+    activations: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)  # without `live`
+    pinned: tuple[str, ...] = ()
+    rollout: str | None = None
+    changed: int = 0  # the generation of its last change
+
+    @property
+    def live(self) -> str | None:
+        """The version that is live, if one is."""
+        return self.activations[-1] if self.activations else None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Every alias and what it names, `live` among them."""
+        live = {} if self.live is None else {LIVE: self.live}
+        return live | dict(self.aliases)
+
+    def has(self, version: str) -> bool:
+        """Whether there is such a version."""
+        return any(record.version == version for record in self.versions)
+
+
+@dataclass(frozen=True)
+class State:
+    """The whole document; `store` and `backbone` say whose it is, where replicas share it."""
+
+    generation: int = 0
+    ids: tuple[str, ...] = ()  # of the changes that led here, the last one first
+    tasks: Mapping[str, TaskState] = field(default_factory=dict)
+    store: str = ""  # id of the bundle store that has the bytes
+    backbone: str = ""  # fingerprint
+
+    @property
+    def id(self) -> str:
+        """The id of the change that made this state: no two states have the same."""
+        return self.ids[0] if self.ids else ""
+
+    def after(self, tasks: Mapping[str, TaskState]) -> Self:
+        """The next state, with these tasks."""
+        ids = (uuid4().hex, *self.ids[: _REMEMBERED - 1])
+        return replace(self, generation=self.generation + 1, ids=ids, tasks=tasks)
+
+    def desired(self) -> Desired:
+        """What it means for those who serve by it."""
+        tasks = dict(sorted(self.tasks.items()))
+        return Desired(
+            generation=self.generation,
+            id=self.id,
+            versions=tuple(record for task in tasks.values() for record in task.versions),
+            aliases={name: task.names for name, task in tasks.items() if task.names},
+            previous={n: t.activations[-2] for n, t in tasks.items() if len(t.activations) > 1},
+            pinned=frozenset((n, version) for n, t in tasks.items() for version in t.pinned),
+            rollouts={n: t.rollout for n, t in tasks.items() if t.rollout is not None},
+            changed={name: task.changed for name, task in tasks.items()},
+        )
+
+    def to_json(self) -> str:
+        """The document as text."""
+        return _document.dump_json(_Document(state=self)).decode()
+
+    @staticmethod
+    def from_json(text: str | bytes) -> State:
+        """Read what `to_json` wrote.
+
+        Raises:
+            RegistryError: a newer Medley wrote it, or it is something else.
+        """
+        try:
+            found = json.loads(text)["format"]
+            if isinstance(found, int) and found > FORMAT:
+                raise RegistryError(
+                    f"the registry was written by a newer Medley: its format is {found},"
+                    f" this one knows up to {FORMAT}"
+                )
+            return _document.validate_json(text).state
+        except (ValueError, LookupError, TypeError, ValidationError) as error:
+            raise RegistryError("the registry holds something that is no state of it") from error
+
+
+@dataclass(frozen=True)
+class _Document:
+    state: State
+    format: int = FORMAT
+
+
+_document = TypeAdapter(_Document)
