@@ -19,6 +19,8 @@ from medley.bundle import Bundle
 from service.app import create_app
 from service.settings import Settings
 from tests.models import tiny_backbone
+from tests.redis_server import RedisServer
+from tests.redis_server import redis_server as running_redis
 from tests.service.made import image_bytes, make_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -132,3 +134,10 @@ def make(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> MakeBu
 def image() -> bytes:
     """A PNG that every server can read."""
     return image_bytes(seed=1)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One Redis that many tests share: each uses a prefix of its own, and leaves it running."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as started:
+        yield started
