@@ -7,6 +7,7 @@ is leased any more, never sooner. Used by the event loop's thread only; knows no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -160,6 +161,7 @@ class Live:
     def __init__(self, unload: Callable[[int], object]) -> None:
         self.snapshot = Snapshot()
         self.leaving: tuple[Leaving, ...] = ()
+        self.after_flip: list[Callable[[], None]] = []  # called with each new snapshot in place
         self._unload = unload
         self._serial = 0
         self._tokens = count()
@@ -192,7 +194,20 @@ class Live:
         self.snapshot = snapshot
         self._serial += 1
         self._release()
+        for action in self.after_flip:
+            action()
         return tuple(one for one in leaving if one in self.leaving)
+
+    async def reached(self, generation: int) -> None:
+        """Wait until what is served is of this generation, or of a later one."""
+        flipped = asyncio.Event()
+        self.after_flip.append(flipped.set)
+        try:
+            while self.snapshot.desired.generation < generation:
+                await flipped.wait()
+                flipped.clear()
+        finally:
+            self.after_flip.remove(flipped.set)
 
     def holders(self, leaving: Leaving) -> list[str]:
         """Who keeps a path from being freed, the longest first."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from medley.bundle import Bundle
 from medley.errors import BundleError, CapacityError, MedleyError
 from medley.routed import PackedTask
-from service.errors import ConflictError, NotFoundError, UnavailableError
+from service.errors import ConflictError, NotFoundError, StorageError, UnavailableError
 from service.signals.metrics import OTHER, Metrics
 from service.versions.desired import Desired, VersionRecord
 from service.versions.host_tier import HostTier, Prepared
@@ -31,6 +31,7 @@ from service.wire.rollout_schemas import candidates
 __all__ = ["Residency", "protected"]
 
 log = logging.getLogger(__name__)
+TRIES = 3  # of a version that fails for a reason which is not in its bundle
 
 
 class Residency:
@@ -59,6 +60,11 @@ class Residency:
         self._unload_s = unload_s
         self._host = HostTier(max_host_bytes)
         self._used_s: dict[Key, float] = {}  # when each resident was last asked for
+        self._coming: frozenset[Key] = frozenset()  # protected by the state that is being followed
+        self._ahead: dict[str, Resident] = {}  # loaded for it, by digest; nobody sees them yet
+        self._refused: dict[str, str] = {}  # what it will have as failed: why, by digest
+        self._attempts: Counter[str] = Counter()  # loads that failed since one did not, by digest
+        self.lacking: dict[Key, str] = {}  # what could not be had for it at the last try: why
         self._held: Counter[Key] = Counter()  # not to be evicted: somebody is about to use it
         self._bringing: dict[Key, asyncio.Task[None]] = {}
         self._reading = asyncio.Lock()  # one bundle at a time is in memory
@@ -68,23 +74,62 @@ class Residency:
         metrics.before_scrape.append(self._measure)
 
     async def restore(self, desired: Desired) -> None:
-        """Load what the registry wants, protected versions first, the others while there is room.
+        """Follow the first state, and load versions that need not be there while there is room.
 
-        A version that cannot be loaded is marked, not fatal; so is a protected one without room.
+        Raises: as for `follow`.
         """
-        self.publish(desired)
-        kept = protected(desired)
-        for record in sorted(desired.versions, key=lambda r: (r.task, r.version) not in kept):
-            key = (record.task, record.version)
+        await self.follow(desired)
+        for record in desired.versions:
+            if len(self.live.snapshot.residents) == self._loader.paths:
+                return  # where slots are short, a smaller one may still find room
             try:
-                await self._load(record, evict=False)
-            except CapacityError as error:
-                if key in kept:
-                    self._fail(record, error)
-                elif len(self.live.snapshot.residents) == self._loader.paths:
-                    return  # where slots are short, a smaller one may still find room
+                if not self._has(record):
+                    await self._load(record, evict=False)
+            except (CapacityError, StorageError) as error:
+                log.debug("%s@%s is not loaded yet: %s", record.task, record.version, error)
             except MedleyError as error:
                 self._fail(record, error)
+
+    async def follow(self, desired: Desired, *admitted: Resident) -> None:
+        """Serve by `desired` as a whole: load what it protects and is not here, and flip then.
+
+        Until the flip everything is answered as before. A version that is refused, or for which
+        there is no room, is marked in the new state. Only where the device has no room for what
+        leaves and what comes at once, what comes is loaded after the flip.
+
+        Args:
+            desired: what the registry says.
+            admitted: what has been loaded for it already.
+
+        Raises:
+            StorageError, UnavailableError: something cannot be had now. What was served still is,
+                and what has been loaded is kept for the next call; `lacking` says what is missing.
+        """
+        self._ahead |= {one.record.digest: one for one in admitted}
+        self._coming, self.lacking = protected(desired), {}
+        try:
+            self._let_go(desired)
+            late = [one for one in self._missing(desired) if not await self._had(one)]
+            self._flip_ahead(desired)
+            for record in late:
+                await self._bring_late(record)
+        finally:
+            self._coming = frozenset()
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is here that has to be, or is known not to work."""
+        return not self._missing(self.live.snapshot.desired)
+
+    def attempts(self, record: VersionRecord) -> int:
+        """How often loading a version has failed since it last did not."""
+        return self._attempts[record.digest]
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Bundles that are served here, or about to be."""
+        served = (record.digest for record in self.live.snapshot.desired.versions)
+        return frozenset(served) | self._ahead.keys()
 
     async def bring(self, key: Key, *, again: bool = False) -> None:
         """Have a version on the device; counts as a use. However many ask, it is loaded once.
@@ -149,7 +194,7 @@ class Residency:
             CapacityError: nothing that could leave would make room for it; nothing has changed.
             UnavailableError: what has to leave for it is in use for too long.
         """
-        with self._counted():
+        with self._counted(record):
             prepared = await self._loader.prepare(bundle)
             resident = await self._admit(record, prepared, evict=True)
         self._keep(record, prepared)
@@ -165,7 +210,7 @@ class Residency:
         snapshot = self.live.snapshot
         if key not in snapshot.desired.records:
             raise NotFoundError(f"no version {key[1]} of {key[0]}", code="unknown_version")
-        if key in protected(snapshot.desired) or key in self._held:
+        if key in protected(snapshot.desired) | self._coming or key in self._held:
             raise ConflictError(f"{'@'.join(key)} has to stay", code="version_in_use")
         self._take_off([key])
 
@@ -174,23 +219,117 @@ class Residency:
         self._host.drop(resident.record.digest)
         self._unload(resident.path)
 
-    def publish(self, desired: Desired, admitted: Resident | None = None) -> None:
+    def publish(self, desired: Desired, *admitted: Resident) -> None:
         """Serve by `desired` from now on, with what was just admitted; what it lacks is let go."""
-        snapshot = self.live.snapshot
-        residents, failed = dict(snapshot.residents), dict(snapshot.failed)
-        if admitted is not None:
-            residents[admitted.key] = admitted
-            failed.pop(admitted.key, None)
-        for record in set(snapshot.desired.versions) - set(desired.versions):
-            self._host.drop(record.digest)
-        no_more_protected = protected(snapshot.desired) - protected(desired)
-        used = {admitted.key} if admitted else set()
-        self._used_s |= dict.fromkeys(used | no_more_protected, time.monotonic())
-        self._flip(desired, residents, failed)
+        self._switch(desired, admitted, {})
 
     def read(self, path: Path) -> Bundle:
         """Read and verify a bundle file, on this thread; BundleError if it is none."""
         return self._loader.read(path)
+
+    def _let_go(self, desired: Desired) -> None:
+        """Forget what was loaded or refused for a state that never came."""
+        wanted = {record.digest for record in desired.versions}
+        for digest in self._ahead.keys() - wanted:
+            self.discard(self._ahead.pop(digest))
+        self._refused = {d: reason for d, reason in self._refused.items() if d in wanted}
+        self._attempts = Counter({d: n for d, n in self._attempts.items() if d in wanted})
+
+    def _missing(self, desired: Desired) -> list[VersionRecord]:
+        """What a state protects and is neither here nor known not to work; live ones first."""
+        before, live = protected(self.live.snapshot.desired), set(desired.live.items())
+        keys = sorted(protected(desired) & desired.records.keys(), key=lambda k: (k not in live, k))
+        records = (desired.records[key] for key in keys)
+        return [
+            record
+            for record in records
+            if not self._has(record)
+            and record.digest not in self._ahead.keys() | self._refused.keys()
+            and not (self._has_failed(record) and (record.task, record.version) in before)
+        ]
+
+    def _has(self, record: VersionRecord) -> bool:
+        """Whether this very version is on the device."""
+        resident = self.live.snapshot.residents.get((record.task, record.version))
+        return resident is not None and resident.record.digest == record.digest
+
+    def _knows(self, record: VersionRecord) -> bool:
+        """Whether what is served now has this very version."""
+        key = (record.task, record.version)
+        return _digest(self.live.snapshot.desired, key) == record.digest
+
+    def _has_failed(self, record: VersionRecord) -> bool:
+        key = (record.task, record.version)
+        return key in self.live.snapshot.failed and self._knows(record)
+
+    async def _had(self, record: VersionRecord) -> bool:
+        """Have a version on the device before the flip, or know that it is refused.
+
+        Returns:
+            False: there is no room for it while the state before is served.
+        """
+        key = (record.task, record.version)
+        try:
+            if self._knows(record):
+                await self.bring(key, again=True)
+            else:
+                self._ahead[record.digest] = await self._loaded(record, evict=True)
+        except CapacityError:
+            return False
+        except MedleyError as error:
+            self._fails(record, error)
+        return True
+
+    def _fails(self, record: VersionRecord, error: MedleyError) -> None:
+        """Refuse a version for the state to come, or raise `error` if it may work the next time."""
+        key = (record.task, record.version)
+        self.lacking[key] = str(error)
+        transient = isinstance(error, StorageError | UnavailableError)
+        if isinstance(error, UnavailableError) and error.code == "version_failed":
+            self._refused[record.digest] = self.live.snapshot.failed[key]
+        elif isinstance(error, BundleError) or (
+            not transient and self._attempts[record.digest] >= TRIES
+        ):
+            log.error("%s@%s cannot be served: %s", *key, error)
+            self._host.drop(record.digest)
+            self._refused[record.digest] = str(error)
+        elif transient:
+            raise error
+        else:
+            raise UnavailableError(str(error), code="version_unloaded") from error
+
+    def _flip_ahead(self, desired: Desired) -> None:
+        """Flip to a state with what was loaded and refused for it."""
+        ahead, refused = tuple(self._ahead.values()), self._refused
+        self._ahead, self._refused, self.lacking = {}, {}, {}
+        failed = ((one, refused.get(one.digest)) for one in desired.versions)
+        why = {(one.task, one.version): reason for one, reason in failed if reason is not None}
+        self._switch(desired, ahead, why)
+
+    def _switch(
+        self, desired: Desired, admitted: Sequence[Resident], refused: dict[Key, str]
+    ) -> None:
+        before, new = self.live.snapshot, {one.key: one for one in admitted}
+        for record in set(before.desired.versions) - set(desired.versions):
+            self._host.drop(record.digest)
+        no_more_protected = protected(before.desired) - protected(desired)
+        self._used_s |= dict.fromkeys(new.keys() | no_more_protected, time.monotonic())
+        failed = {
+            key: reason
+            for key, reason in before.failed.items()
+            if key not in new and _digest(desired, key) == _digest(before.desired, key)
+        }
+        self._flip(desired, before.residents | new, failed | refused)
+
+    async def _bring_late(self, record: VersionRecord) -> None:
+        """Bring a version for which there was no room before what was served left."""
+        try:
+            await self.bring((record.task, record.version), again=True)
+        except CapacityError as error:
+            self._fail(record, error)
+        except UnavailableError as error:
+            if error.code != "version_failed":
+                raise
 
     def _start(self, record: VersionRecord) -> asyncio.Task[None]:
         """Begin to bring a version; goes on whoever of those that wait for it gives up."""
@@ -211,19 +350,26 @@ class Residency:
         except BundleError as error:
             self._fail(record, error)
             raise _failure(record) from error
+        except StorageError as error:
+            at = f"{record.task}@{record.version}"
+            raise UnavailableError(f"{at} cannot be had now", code="version_unloaded") from error
 
     async def _load(self, record: VersionRecord, *, evict: bool) -> None:
         """Bring a registered version to the device and publish it."""
-        with self._counted():
-            prepared = self._host.get(record.digest) or await self._from_disk(record)
-            self._keep(record, prepared)  # room or not: to ask again must not cost a file each time
-            resident = await self._admit(record, prepared, evict=evict)
+        resident = await self._loaded(record, evict=evict)
         desired = self.live.snapshot.desired
         if not _wanted(resident, desired):
             self.discard(resident)
             gone = f"no version {record.version} of {record.task} any more"
             raise NotFoundError(gone, code="unknown_version")
         self.publish(desired, resident)
+
+    async def _loaded(self, record: VersionRecord, *, evict: bool) -> Resident:
+        """Bring a version to the device, where nobody sees it before it is published."""
+        with self._counted(record):
+            prepared = self._host.get(record.digest) or await self._from_disk(record)
+            self._keep(record, prepared)  # room or not: to ask again must not cost a file each time
+            return await self._admit(record, prepared, evict=evict)
 
     async def _from_disk(self, record: VersionRecord) -> Prepared:
         async with self._reading:
@@ -297,7 +443,8 @@ class Residency:
     def _evictable(self) -> list[Key]:
         """What may leave, the least recently used first."""
         snapshot = self.live.snapshot
-        free = snapshot.residents.keys() - protected(snapshot.desired) - self._held.keys()
+        stay = protected(snapshot.desired) | self._coming | self._held.keys()
+        free = snapshot.residents.keys() - stay
         return sorted(free, key=lambda key: self._used_s[key])
 
     def _evict(self, keys: Sequence[Key]) -> None:
@@ -370,13 +517,15 @@ class Residency:
             metrics.generation.labels(kind).set(snapshot.desired.generation)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, record: VersionRecord) -> Iterator[None]:
         try:
             yield
         except MedleyError as error:
-            self._metrics.bundle_loads.labels("refused").inc()
+            self._attempts[record.digest] += 1
+            self._metrics.bundle_loads.labels("refused").inc(not isinstance(error, StorageError))
             self._metrics.self_test_failures.inc(error.code == "self_test_failed")
             raise
+        self._attempts.pop(record.digest, None)
         self._metrics.bundle_loads.labels("ok").inc()
 
 
@@ -405,10 +554,14 @@ def _resident(record: VersionRecord, path: int, prepared: Prepared) -> Resident:
     )
 
 
+def _digest(desired: Desired, key: Key) -> str | None:
+    record = desired.records.get(key)
+    return None if record is None else record.digest
+
+
 def _wanted(resident: Resident, desired: Desired) -> bool:
     """Whether the registry still has this very version."""
-    record = desired.records.get(resident.key)
-    return record is not None and record.digest == resident.record.digest
+    return _digest(desired, resident.key) == resident.record.digest
 
 
 def _failure(record: VersionRecord) -> UnavailableError:

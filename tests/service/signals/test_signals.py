@@ -276,7 +276,7 @@ def record_of(task: str) -> VersionRecord:
 
 
 def desired_with(*tasks: str) -> Desired:
-    return Desired(1, tuple(map(record_of, tasks)), {task: {"live": "1"} for task in tasks})
+    return Desired(1, "", tuple(map(record_of, tasks)), {task: {"live": "1"} for task in tasks})
 
 
 def resident_of(task: str) -> Resident:

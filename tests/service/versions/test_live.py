@@ -18,7 +18,7 @@ def resident(task: str, version: str, path: int, names: tuple[str, ...] = ("x",)
 
 def snapshot(*residents: Resident, live: dict[str, str]) -> Snapshot:
     aliases = {task: {"live": version} for task, version in live.items()}
-    desired = Desired(1, tuple(r.record for r in residents), aliases)
+    desired = Desired(1, "", tuple(r.record for r in residents), aliases)
     return Snapshot(desired, {(r.record.task, r.record.version): r for r in residents})
 
 
@@ -105,7 +105,7 @@ def test_who_keeps_a_path_from_leaving_is_known_by_name() -> None:
 def test_a_model_means_a_version_by_its_number_an_alias_or_being_live() -> None:
     one, two = resident("a", "1", 0), resident("a", "2", 1)
     aliases = {"a": {"live": "1", "canary": "2"}}
-    shot = Snapshot(Desired(1, (one.record, two.record), aliases), {("a", "1"): one})
+    shot = Snapshot(Desired(1, "", (one.record, two.record), aliases), {("a", "1"): one})
 
     assert [shot.key_of(model) for model in ("auto", "base")] == [None, None]
     assert shot.key_of("a") == shot.key_of("a@live") == shot.key_of("a@1") == ("a", "1")
@@ -117,7 +117,7 @@ def test_a_model_means_a_version_by_its_number_an_alias_or_being_live() -> None:
 
 def test_a_version_is_on_the_device_in_memory_or_on_the_disk() -> None:
     one, two, three = (resident("a", v, int(v)) for v in "123")
-    desired = Desired(1, (one.record, two.record, three.record))
+    desired = Desired(1, "", (one.record, two.record, three.record))
     shot = Snapshot(desired, {("a", "1"): one}, hosted=frozenset({one.record.digest, "sha256:2"}))
 
     assert [shot.tier(("a", v)) for v in "123"] == ["device", "host", "disk"]
