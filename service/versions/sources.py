@@ -12,7 +12,6 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from fsspec.utils import get_protocol
 
 from medley.errors import MedleyError
 from service.errors import AccessError, PayloadError, RequestError
+from service.versions.apart import run_apart
 from service.versions.store import Upload
 
 __all__ = ["Sources", "check_prefix"]
@@ -129,25 +129,20 @@ def _copy(source: str, upload: Upload, given_up: threading.Event) -> None:
 
 
 async def _in_thread(work: Callable[[], None]) -> None:
-    """Run in a thread of its own, which may hang without holding up others or the exit."""
-    future: Future[None] = Future()
+    """Run in a thread of its own, which may hang; whatever a driver raises is a failed source."""
 
     def run() -> None:
-        future.set_running_or_notify_cancel()
         try:
             work()
-        except MedleyError as error:
-            future.set_exception(error)
+        except MedleyError:
+            raise
         except Exception as error:  # drivers raise what they like; its text is not for clients
             log.warning("a bundle source cannot be read", exc_info=error)
             missing = isinstance(error, FileNotFoundError)
             said = "there is no file at the source" if missing else "the source cannot be read"
-            future.set_exception(_failed(said))
-        else:
-            future.set_result(None)
+            raise _failed(said) from error
 
-    threading.Thread(target=run, name="bundle-source", daemon=True).start()
-    await asyncio.wrap_future(future)
+    await asyncio.wrap_future(run_apart(run, name="bundle-source"))
 
 
 def _failed(said: str) -> RequestError:
