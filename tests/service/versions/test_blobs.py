@@ -173,9 +173,9 @@ def test_a_file_that_hangs_is_given_up_and_too_many_are_not_waited_for(tmp_path:
     assert threading.active_count() - before == AT_ONCE
 
     hanging = [one for one in threading.enumerate() if one.name == "bundle-store"]
-    with (tmp_path / "store" / "bundles" / "b").open("wb"):
-        for thread in hanging:
-            thread.join(10)
+    (tmp_path / "store" / "bundles" / "b").open("wb").close()
+    for thread in hanging:
+        thread.join(10)
     assert blobs.read("bundles/a") == b"a"
 
 
