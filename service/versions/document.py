@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
@@ -65,10 +64,11 @@ class State:
         """The id of the change that made this state: no two states have the same."""
         return self.ids[0] if self.ids else ""
 
-    def after(self, tasks: Mapping[str, TaskState]) -> Self:
-        """The next state, with these tasks."""
+    def after(self, tasks: Mapping[str, TaskState], *, store: str | None = None) -> State:
+        """The next state, with these tasks; `store` if its bytes have another place since."""
         ids = (uuid4().hex, *self.ids[: _REMEMBERED - 1])
-        return replace(self, generation=self.generation + 1, ids=ids, tasks=tasks)
+        store = self.store if store is None else store
+        return replace(self, generation=self.generation + 1, ids=ids, tasks=tasks, store=store)
 
     def desired(self) -> Desired:
         """What it means for those who serve by it."""
@@ -93,7 +93,7 @@ class State:
         """Read what `to_json` wrote.
 
         Raises:
-            RegistryError: a newer Medley wrote it, or it is something else.
+            RegistryError: a newer Medley wrote it, or it is something else (`registry_damaged`).
         """
         try:
             found = json.loads(text)["format"]
@@ -104,7 +104,9 @@ class State:
                 )
             return _document.validate_json(text).state
         except (ValueError, LookupError, TypeError, ValidationError) as error:
-            raise RegistryError("the registry holds something that is no state of it") from error
+            raise RegistryError(
+                "what lies in the registry is no state of one", code="registry_damaged"
+            ) from error
 
 
 @dataclass(frozen=True)

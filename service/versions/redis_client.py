@@ -30,7 +30,7 @@ from redis.sentinel import Sentinel
 
 from service.errors import RegistryError, UnavailableError
 
-__all__ = ["Client", "connect", "redis_errors"]
+__all__ = ["Client", "connect", "key", "redis_errors"]
 
 Client = redis.Redis | RedisCluster
 _SCHEME = re.compile(r"(rediss?)(?:\+(sentinel|cluster))?|unix")
@@ -69,6 +69,11 @@ def connect(url: str, *, password: str | None = None, timeout_s: float) -> Clien
             return made(hosts, _parsed(plain), options, tls=tls)
     except (ValueError, TypeError, AttributeError) as error:
         raise _refused(_unreadable(error)) from None  # its text may have a password in it
+
+
+def key(prefix: str, name: str) -> str:
+    """The key of a name under a prefix; all of one prefix lie in one slot of a cluster."""
+    return f"{{{prefix}}}:{name}"
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""Copies of the desired state in the store that replicas share: what a Redis may lose.
+
+One small file for each generation, written before a change is acknowledged. Says what the newest
+copy is; what becomes of it is for `redis_registry.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import suppress
+
+from service.errors import NotFoundError, RegistryError, StorageError
+from service.versions.blobs import Blobs
+from service.versions.document import State
+
+__all__ = ["KEPT", "Backup"]
+
+log = logging.getLogger(__name__)
+FOLDER = "registry"
+KEPT = 20  # the newest at least; between two cleanings there are some more
+_CLEAN_EVERY = 10  # generations
+_NAME = re.compile(rf"{FOLDER}/\d{{20}}-[0-9a-f]+\.json")
+
+
+class Backup:
+    """The copies in one store; all methods raise StorageError where it cannot be used."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self.generation = -1  # of the newest copy that is known to be there
+
+    @property
+    def store_id(self) -> str:
+        """Whose bundles a state names that is kept here."""
+        return self._blobs.id
+
+    def keep(self, state: State) -> None:
+        """Write a state's copy; durable when this returns."""
+        self._blobs.put(_name(state), state.to_json().encode())
+        self.generation = state.generation
+        if state.generation % _CLEAN_EVERY == 0:
+            with suppress(StorageError):  # the state is kept; the next cleaning has more to do
+                self._clean()
+
+    def newest(self) -> State | None:
+        """The copy of the highest generation that can be read; None if there is none.
+
+        Raises:
+            RegistryError: a newer Medley wrote it.
+        """
+        for name in reversed(self._names()):
+            with suppress(NotFoundError):  # somebody cleaned it away: there are newer ones
+                state = self._read(name)
+                if state is not None:
+                    return state
+        return None
+
+    def _read(self, name: str) -> State | None:
+        try:
+            return State.from_json(self._blobs.read(name))
+        except RegistryError as error:
+            if error.code != "registry_damaged":
+                raise
+            log.error("the copy %s of the registry is damaged", name)
+            return None
+
+    def _clean(self) -> None:
+        for name in self._names()[:-KEPT]:
+            self._blobs.delete(name)
+
+    def _names(self) -> list[str]:
+        """Copies, the oldest first; other files are none of ours."""
+        return [name for name in self._blobs.names(f"{FOLDER}/") if _NAME.fullmatch(name)]
+
+
+def _name(state: State) -> str:
+    return f"{FOLDER}/{state.generation:020}-{state.id}.json"
