@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import safetensors.torch
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from medley.errors import BundleError
 
-__all__ = ["SealedFile", "pack", "parse_json", "unpack"]
+__all__ = ["SealedFile", "check_seal", "pack", "parse_json", "unpack"]
 
 _KEY = "medley"  # one metadata key only: safetensors writes several in random order
 _START = b'{"__metadata__":{"medley":"{\\"seal\\":\\"'
 _SEAL = slice(8 + len(_START), 8 + len(_START) + 64)
 _UNSEALED = "0" * 64
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
@@ -72,6 +74,28 @@ def unpack(data: bytes) -> SealedFile:
     if data[_SEAL] != _seal(data):
         raise _refusal("damaged", "the seal is broken: bytes have changed since it was written")
     return SealedFile(header.metadata[_KEY], _load(data, header))
+
+
+def check_seal(path: Path) -> str:
+    """The seal of a file, which every byte of it bears out; nothing else is looked at.
+
+    Raises:
+        BundleError: with code `not_a_bundle` (there is no seal), `damaged` (it is broken) or
+            `unreadable`.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_SEAL.stop)
+            digest = hashlib.sha256(start[: _SEAL.start] + _UNSEALED.encode())
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise _refusal("unreadable", f"cannot read {path.name}: {error.strerror}") from error
+    if not start.startswith(_START, 8) or len(start) < _SEAL.stop:
+        raise _refusal("not_a_bundle", "there is no seal where a bundle has one")
+    if start[_SEAL] != digest.hexdigest().encode():
+        raise _refusal("damaged", "the seal is broken: bytes have changed since it was written")
+    return digest.hexdigest()
 
 
 def parse_json(text: str) -> Any:

@@ -89,6 +89,9 @@ class Settings(BaseSettings):
         default="",
         description="Folder or URL of the bundles that replicas share; needed with a registry",
     )
+    bundle_store_timeout_s: float = Field(
+        default=10.0, gt=0, description="Longest wait for it; a transfer has 1 s per MiB more"
+    )
     keep_unused_s: float = Field(
         default=3600.0, ge=0, description="How long that store keeps bundles that nobody uses"
     )

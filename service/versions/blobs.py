@@ -58,7 +58,10 @@ class Blobs:
 
     def put(self, name: str, source: bytes | Path) -> None:
         """Write a file, durable when this returns; one that is there is replaced by its like."""
-        size_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
+        try:
+            size_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
+        except OSError as error:
+            raise _error_of(error) from error
 
         def work() -> None:
             self._check_same()

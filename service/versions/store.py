@@ -1,7 +1,8 @@
 """Bundle bytes on disk, named by their digest. Knows nothing of tasks or of what is in a bundle.
 
 A file under `bundles/` is complete: bytes are written to `incoming/`, flushed to the disk, and
-renamed. What a crash leaves in `incoming/` is removed at the next start.
+renamed. What a crash leaves in `incoming/` is removed at the next start. Where replicas share a
+store (`shared_store.py`), that one has the bundles, and the folder is this replica's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from medley.errors import BundleError
 from service.errors import PayloadError, StorageError, UnavailableError
+from service.versions.shared_store import SharedStore, check_bundle
 
 __all__ = ["BundleStore", "Upload"]
 
@@ -76,10 +79,16 @@ class Upload:
 
 
 class BundleStore:
-    """A folder that one server owns: `bundles/<sha256>.safetensors` and `incoming/`."""
+    """A folder that one server owns: `bundles/<sha256>.safetensors` and `incoming/`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: made if it is not there.
+        shared: where the bundles of all replicas are; then this folder may lose any of them.
+    """
+
+    def __init__(self, folder: Path, shared: SharedStore | None = None) -> None:
         self.folder = folder
+        self.shared = shared
         self._bundles = folder / "bundles"
         self._incoming = folder / "incoming"
         with _storage_errors():
@@ -102,20 +111,56 @@ class BundleStore:
         return Upload(file, max_bytes)
 
     def keep(self, upload: Upload, digest: str) -> Path:
-        """Give a finished upload its final name; the same bundle twice is one file."""
+        """Give a finished upload its final name; the same bundle twice is one file.
+
+        Other replicas can have it when this returns.
+
+        Raises:
+            StorageError: the disk or the shared store does not take it; nothing has changed here.
+            UnavailableError: replicas share a store, and their registry is away.
+        """
+        if self.shared is not None:
+            self.shared.publish(digest, upload.path)
         target = self.path(digest)
         with _storage_errors():
             upload.path.replace(target)
-            _fsync_folder(self._bundles)
+            _fsync(self._bundles)
+        return target
+
+    def confirm(self, digest: str) -> None:
+        """See that a bundle which the registry names by now is there for others too.
+
+        Raises:
+            StorageError, UnavailableError: that cannot be seen now, or it cannot be put again.
+        """
+        if self.shared is not None and not self.shared.has(digest):
+            self.shared.publish(digest, self.path(digest))
+
+    def fetch(self, digest: str) -> Path:
+        """Have a bundle here; what a shared store gave is whole, and is that bundle.
+
+        Raises:
+            StorageError: the shared store cannot be used now, or the disk takes no more.
+            BundleError: the shared store has none (`bundle_lost`) or a damaged one (`damaged`).
+        """
+        target = self.path(digest)
+        if self.shared is None or _is_whole(target, digest):
+            return target
+        with self.upload(max_bytes=0) as upload:
+            self.shared.fetch(digest, upload.path)
+            with _storage_errors():
+                _fsync(upload.path)
+                upload.path.replace(target)
+                _fsync(self._bundles)
         return target
 
     def remove(self, digest: str) -> None:
-        """Forget a bundle; no error if it is not here."""
+        """Forget a bundle here; no error if it is not here."""
         with _storage_errors():
             self.path(digest).unlink(missing_ok=True)
 
     def clean(self, wanted: Collection[str]) -> int:
-        """Remove half uploads and bundles that no version names; returns how many files went.
+        """Remove half uploads and bundles here that no version names; returns how many files went.
 
         If nothing is wanted, bundles stay: a registry that was lost must not take them with it.
         """
@@ -141,8 +186,17 @@ def _lock_folder(folder: Path) -> IO[bytes]:
     return lock
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _is_whole(path: Path, digest: str) -> bool:
+    """Whether that bundle is in the cache, every byte as it was."""
+    try:
+        check_bundle(path, digest)
+    except BundleError:
+        return False
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
