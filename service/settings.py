@@ -1,4 +1,4 @@
-"""What a server can be told, read once from `MEDLEY_*` and passed on.
+"""What a server can be told, read once from `MEDLEY_*`, or files of secrets, and passed on.
 
 No other module reads the environment. `docs/settings.md` has the same table for people; a test
 compares the two.
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from medley.classifier import check_buckets
 from medley.precision import Precision
@@ -21,6 +27,7 @@ from service.versions.sources import check_prefix
 __all__ = ["Settings", "is_loopback"]
 
 KIB, MIB = 1024, 1024 * 1024
+SECRETS = Path("/run/secrets")  # where containers find theirs, one file each
 
 
 def _several(value: object) -> object:
@@ -49,7 +56,13 @@ Prefixes = Annotated[
 class Settings(BaseSettings):
     """Settings of one server process: one backbone, one device, one store folder."""
 
-    model_config = SettingsConfigDict(env_prefix="MEDLEY_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="MEDLEY_",
+        frozen=True,
+        extra="forbid",
+        secrets_dir=SECRETS,
+        secrets_dir_missing="ok",
+    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on")
     port: int = Field(
@@ -240,6 +253,18 @@ class Settings(BaseSettings):
     reservoir_bytes: int = Field(
         default=256 * MIB, ge=1, description="Most bytes of that sample on disk"
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given, then the environment, then files of secrets."""
+        return init_settings, env_settings, NestedSecretsSettingsSource(file_secret_settings)
 
     @model_validator(mode="after")
     def _registry_has_store(self) -> Settings:

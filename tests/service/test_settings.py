@@ -1,6 +1,7 @@
 """Settings come from MEDLEY_*, and the documented table is the true one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -36,6 +37,24 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert (settings.port, settings.max_wait_s) == (9000, 0.0025)
     assert "s3cret" not in repr(settings)
     assert settings.buckets == (1, 8, 64)
+
+
+def test_what_the_environment_does_not_say_may_be_in_files_of_secrets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MEDLEY_READ_KEY", "of the environment")
+    for name in ("medley_admin_key", "medley_read_key", "something_else"):
+        (tmp_path / name).write_text("of a file\n")
+    settings = _read_with_secrets(tmp_path)
+
+    assert settings.admin_key == SecretStr("of a file")
+    assert settings.read_key == SecretStr("of the environment")
+    assert _read_with_secrets(tmp_path / "none").admin_key is None
+
+
+def _read_with_secrets(folder: Path) -> Settings:
+    given: dict[str, Any] = {"_secrets_dir": folder}
+    return Settings(**given)
 
 
 @pytest.mark.parametrize(
