@@ -23,6 +23,7 @@ from service.versions.backup import Backup
 from service.versions.changes import Change
 from service.versions.desired import Desired
 from service.versions.document import State
+from service.versions.epoch import EPOCH
 from service.versions.hints import listen
 from service.versions.redis_client import Client, key, redis_errors
 from service.versions.registry import Registry
@@ -33,15 +34,9 @@ log = logging.getLogger(__name__)
 _TURNS = 100  # of one change that others are always faster than
 _PAUSE_S = 0.005
 
-# An epoch is one life of one Redis as the one that is written to: it ends with a restart, and with
-# a promotion. Without the second half, a master that was demoted with a change less than its
-# follower and later promoted again would be believed.
-_LOOK = """
-local function epoch()
-  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-  local line = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
-  return (run or '') .. ':' .. (line or '')
-end
+_LOOK = (
+    EPOCH
+    + """
 local function look(known)
   local found = redis.call('HMGET', KEYS[1], 'id', 'confirmed', 'kept')
   local document = false
@@ -49,6 +44,7 @@ local function look(known)
   return {epoch(), found[1] or '', found[2] or '', found[3] or '', document}
 end
 """
+)
 _READ = _LOOK + "return look(ARGV[1])"
 _SWAP = (
     _LOOK
