@@ -6,12 +6,11 @@ makes the next one. The JSON is what SQLite, Redis and the copies in the bundle 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from service.errors import RegistryError
 from service.versions.desired import LIVE, Desired, VersionRecord
@@ -96,17 +95,17 @@ class State:
             RegistryError: a newer Medley wrote it, or it is something else (`registry_damaged`).
         """
         try:
-            found = json.loads(text)["format"]
-            if isinstance(found, int) and found > FORMAT:
-                raise RegistryError(
-                    f"the registry was written by a newer Medley: its format is {found},"
-                    f" this one knows up to {FORMAT}"
-                )
-            return _document.validate_json(text).state
-        except (ValueError, LookupError, TypeError, ValidationError) as error:
+            found = _format.validate_json(text).format
+            if found <= FORMAT:
+                return _document.validate_json(text).state
+        except ValueError as error:
             raise RegistryError(
                 "what lies in the registry is no state of one", code="registry_damaged"
             ) from error
+        raise RegistryError(
+            f"the registry was written by a newer Medley: its format is {found},"
+            f" this one knows up to {FORMAT}"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,4 +114,10 @@ class _Document:
     format: int = FORMAT
 
 
+@dataclass(frozen=True)
+class _Format:
+    format: int
+
+
 _document = TypeAdapter(_Document)
+_format = TypeAdapter(_Format)  # what else is there is for the next one to read
