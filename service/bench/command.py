@@ -1,20 +1,20 @@
-"""`medley bench serve`. Heavy imports wait until it runs."""
+"""`medley bench serve`, and the group of all benches. Heavy imports wait until it runs."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from service.bench.console import check_installed, err, fail, out
+from service.bench.replicas.command import replicas
 
 __all__ = ["bench_commands"]
 
 bench_commands = typer.Typer(no_args_is_help=True, help="Measure learning, and speed.")
-out, err = Console(), Console(stderr=True)
-NEEDED = ("locust", "matplotlib", "psutil")
+bench_commands.command()(replicas)
 
 
 class PrecisionName(StrEnum):
@@ -54,9 +54,7 @@ def serve(
     ] = False,
 ) -> None:
     """A server under open-loop load from another process, beside a bare loop and infinity."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        _fail(f"{', '.join(missing)} not found; install medley-clip[bench]")
+    check_installed()
     from service.bench.report import write_report
 
     if not report_only:
@@ -117,7 +115,7 @@ def _measure(
             )
         except LoadError as error:
             progress.stop()
-            _fail(str(error))
+            fail(str(error))
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -127,10 +125,5 @@ def _sizes(text: str) -> tuple[int, ...]:
         sizes = tuple(int(size) for size in text.split(","))
         check_buckets(sizes)
     except ValueError as error:
-        _fail(f"--buckets {text}: {error}")
+        fail(f"--buckets {text}: {error}")
     return sizes
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"medley: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2)

@@ -25,7 +25,7 @@ from service.bench.names import (
     SATURATION,
 )
 
-__all__ = ["PICTURES"]
+__all__ = ["PICTURES", "finish", "png_of"]
 
 DPI, COLOURS = 110, 256
 
@@ -44,7 +44,7 @@ def load_png(lines: Sequence[Measurement]) -> bytes | None:
     grid[0].set_ylabel("ms from due to answered")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
-    return _png(
+    return png_of(
         figure, "Latency under load; lines p50, dotted p95, crosses p95 with a swap a second"
     )
 
@@ -62,8 +62,8 @@ def throughput_png(lines: Sequence[Measurement]) -> bytes | None:
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.1)
-    _finish(axes)
-    return _png(figure, "Images a second at saturation")
+    finish(axes)
+    return png_of(figure, "Images a second at saturation")
 
 
 PICTURES: dict[str, Callable[[Sequence[Measurement]], bytes | None]] = {
@@ -90,7 +90,7 @@ def _draw_load(axes: Axes, rows: Sequence[Row]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _finish(axes)
+    finish(axes)
 
 
 def _tasks(count: str | int, mix: str | int) -> str:
@@ -129,13 +129,15 @@ def _rival_bars(lines: Sequence[Measurement]) -> list[Bar]:
     ]
 
 
-def _finish(axes: Axes) -> None:
+def finish(axes: Axes) -> None:
+    """Small ticks, a pale grid under what is drawn."""
     axes.tick_params(labelsize=7)
     axes.grid(visible=True, alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure, title: str) -> bytes:
+def png_of(figure: Figure, title: str) -> bytes:
+    """Draw a figure with its title."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     drawn, packed = io.BytesIO(), io.BytesIO()
     FigureCanvasAgg(figure)

@@ -17,7 +17,7 @@ import psutil
 
 from service.bench.load import LoadError
 
-__all__ = ["Server", "infinity_server", "medley_server"]
+__all__ = ["Server", "free_port", "infinity_server", "medley_server"]
 
 START_S, STOP_S, POLL_S = 300.0, 30.0, 0.1
 MEDLEY = (sys.executable, "-c", "from medley.cli import main; main()", "serve")
@@ -64,7 +64,7 @@ def medley_server(
     Raises:
         LoadError: it does not start.
     """
-    port = _free_port()
+    port = free_port()
     environment = {f"MEDLEY_{name.upper()}": str(value) for name, value in settings.items()}
     command = [*MEDLEY, "--port", str(port), "--store", str(store)]
     with _running("medley", command, environment, log, port, "/readyz") as server:
@@ -83,7 +83,7 @@ def infinity_server(python: Path, model: Path, log: Path) -> Iterator[Server]:
     Raises:
         LoadError: it does not start.
     """
-    port = _free_port()
+    port = free_port()
     command = [str(python), *INFINITY, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model-id", str(model), "--served-model-name", model.name]
     command += ["--device", "cpu", "--engine", "torch", "--log-level", "warning"]
@@ -142,7 +142,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

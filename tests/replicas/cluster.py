@@ -34,6 +34,7 @@ LOOK_EVERY_S = 0.02
 # Times that make a test short: what takes seconds in operation takes tenths here.
 QUICK: dict[str, object] = {
     "poll_s": 0.3,
+    "bundle_store_timeout_s": 0.5,
     "registry_timeout_s": 0.5,
     "replica_ttl_s": 1.5,
     "generation_wait_s": 10.0,

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from tests.redis_server import free_port, redis_server
 from tests.replicas.cluster import Cluster, Ended, clustered, command, eventually
@@ -107,15 +108,15 @@ def test_data_of_another_version_in_redis_is_one_line_and_stays_as_it_is(
     witness.prepare(a, make)
     a.kill()
     key = f"{{{cluster.prefix}}}:state"
-    with cluster.redis.client() as redis:
+    with Redis(port=cluster.redis.port) as redis:
         if found == "another type":
             redis.delete(key)
             redis.rpush(key, "x")
         elif found == "no document":
-            redis.set(key, "\x00 nothing of ours")
+            redis.hset(key, "document", "\x00 nothing of ours")
         else:
-            state = json.loads(str(redis.get(key)))
-            redis.set(key, json.dumps(state | {"format": 99}))
+            state = json.loads(redis.hget(key, "document"))
+            redis.hset(key, "document", json.dumps(state | {"format": 99}))
         left = redis.dump(key)
         ended = join(cluster)
         assert ended.status == 1
@@ -130,16 +131,16 @@ def test_garbage_that_somebody_writes_into_redis_stops_changes_and_not_answers(
     witness.prepare(a, make)
     cluster.until_level()
     key = f"{{{cluster.prefix}}}:state"
-    with cluster.redis.client() as redis:
-        kept = redis.get(key)
+    with Redis(port=cluster.redis.port) as redis:
+        kept = redis.dump(key)
         with witness.watching(*replicas):
             redis.set(key, "garbage")
             eventually(lambda: b.metric("medley_registry_up") == 0)
             refused = witness.try_to_activate(a, "2")
             assert (refused.status_code, refused.json()["code"]) == (503, "registry_unavailable")
             assert a.is_ready()
-            assert redis.get(key) == "garbage", "it is for people to look at"
-            redis.set(key, str(kept))
+            assert redis.get(key) == b"garbage", "it is for people to look at"
+            redis.restore(key, 0, kept, replace=True)
             eventually(lambda: b.metric("medley_registry_up") == 1)
             witness.activate(a, "2")
             cluster.until_level()

@@ -1,0 +1,27 @@
+"""What the benches' commands share: two consoles, and an end with one line."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+__all__ = ["check_installed", "err", "fail", "out"]
+
+out, err = Console(), Console(stderr=True)
+NEEDED = ("locust", "matplotlib", "psutil")
+
+
+def check_installed() -> None:
+    """End with one line where an extra is not installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        fail(f"{', '.join(missing)} not found; install medley-clip[bench]")
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line and status 2."""
+    err.print(f"medley: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

@@ -1,0 +1,1 @@
+"""How soon several replicas answer with what was changed on one of them."""
