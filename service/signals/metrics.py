@@ -233,6 +233,60 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self.registry_lag_s = Gauge(
+            "medley_registry_lag_seconds",
+            "Since when the registry is known to be ahead of what is served",
+            registry=registry,
+        )
+        self.registry_recoveries = Counter(
+            "medley_registry_recoveries",
+            "Times that this server gave a Redis back what it had lost",
+            registry=registry,
+        )
+        self.registry_backup_generation = Gauge(
+            "medley_registry_backup_generation",
+            "Generation of the last state that this server saw safe in the bundle store",
+            registry=registry,
+        )
+        self.follows = Counter(
+            "medley_follows",
+            "Steps to the state of the registry, by result",
+            ["result"],
+            registry=registry,
+        )
+        for result in ("ok", "failed", "unavailable"):
+            self.follows.labels(result)
+        self.follow_s = Histogram(
+            "medley_follow_seconds",
+            "Time of one such step, loading included",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.versions = Gauge(
+            "medley_versions", "Versions by their state here", ["state"], registry=registry
+        )
+        self.replicas = Gauge(
+            "medley_replicas", "Replicas that this one knows to be alive", registry=registry
+        )
+        self.store_up = Gauge(
+            "medley_store_up",
+            "Whether the bundle store could be used when it last was",
+            registry=registry,
+        )
+        self.store_bundles = Gauge(
+            "medley_store_bundles",
+            "Bundles in the shared store when this server last went through it; lost: named only",
+            ["state"],
+            registry=registry,
+        )
+        self.store_collected = Counter(
+            "medley_store_collected",
+            "Bundles that this server deleted from the shared store",
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "medley_ready", "Whether traffic should come here, as /readyz says", registry=registry
+        )
         ProcessCollector(registry=registry)
         self.memory_limit_bytes = Gauge(
             "medley_memory_limit_bytes",

@@ -64,6 +64,10 @@ class SharedStore:
         """Whether there is something under that digest; whether it is whole, `fetch` says."""
         return self.blobs.has(bundle_name(digest))
 
+    def remove(self, digest: str) -> None:
+        """Delete a bundle; no error if there is none."""
+        self.blobs.delete(bundle_name(digest))
+
     def digests(self) -> frozenset[str]:
         """All that are there; other files that lie among them are passed over."""
         found = (bundle_digest(name) for name in self.blobs.names("bundles/"))

@@ -136,6 +136,16 @@ class BundleStore:
         if self.shared is not None and not self.shared.has(digest):
             self.shared.publish(digest, self.path(digest))
 
+    def mend(self, digest: str) -> bool:
+        """Put a bundle again that the shared store has lost, if it is whole here.
+
+        Raises: as `confirm`.
+        """
+        whole = self.shared is not None and _is_whole(self.path(digest), digest)
+        if whole:
+            self.confirm(digest)
+        return whole
+
     def fetch(self, digest: str) -> Path:
         """Have a bundle here; what a shared store gave is whole, and is that bundle.
 
