@@ -134,50 +134,56 @@ def train(
     from medley.backbone import load_backbone
     from medley.bundle import read_bundle
     from trainer.datasets import open_dataset
+    from trainer.distributed import joined, own_device
     from trainer.export import Label
     from trainer.run import learn
 
-    settings = _settings(
-        preset,
-        method=method,
-        shots=shots,
-        iterations=iterations,
-        batch_size=batch_size,
-        lr=lr,
-        num_experts=experts,
-        top_k=top_k,
-        bottleneck=bottleneck,
-        first_expert_block=first_expert_block,
-        first_text_block=first_text_block,
-        augmented_copies=augmented_copies,
-        balance=balance,
-        freeze=freeze,
-        freeze_mass=freeze_mass,
-        hold_out=hold_out,
-        alpha=alpha,
-        selector=selector,
-        ddas_iterations=ddas_iterations,
-        seed=seed,
-        precision=precision,
-    )
-    label = Label(task=task, version=version, licence=licence)
-    earlier = [read_bundle(path) for path in after or []]
-    frozen = load_backbone(backbone, weights=weights, device=device)
-    images = open_dataset(data, "train", skip_unreadable=skip_unreadable)
-    out.print(f"{images.name}: {len(images)} images of {len(images.class_names)} classes")
-    with bars(err) as show:
-        outcome = learn(
-            frozen,
-            images,
-            settings,
-            label=label,
-            folder=folder,
-            after=earlier,
-            resume=resume,
-            checkpoint_every_s=checkpoint_every,
-            watcher=show.learning("training", settings.batch_size),
+    with joined(device) as team, team.place(folder) as place:
+        settings = _settings(
+            preset,
+            method=method,
+            shots=shots,
+            iterations=iterations,
+            batch_size=batch_size,
+            lr=lr,
+            num_experts=experts,
+            top_k=top_k,
+            bottleneck=bottleneck,
+            first_expert_block=first_expert_block,
+            first_text_block=first_text_block,
+            augmented_copies=augmented_copies,
+            balance=balance,
+            freeze=freeze,
+            freeze_mass=freeze_mass,
+            hold_out=hold_out,
+            alpha=alpha,
+            selector=selector,
+            ddas_iterations=ddas_iterations,
+            seed=seed,
+            precision=precision,
         )
-    _print_outcome(outcome.report, outcome.path)
+        label = Label(task=task, version=version, licence=licence)
+        earlier = [read_bundle(path) for path in after or []]
+        frozen = load_backbone(backbone, weights=weights, device=own_device(device))
+        images = open_dataset(data, "train", skip_unreadable=skip_unreadable)
+        told = out if team.is_first else Console(quiet=True)
+        told.print(f"{images.name}: {len(images)} images of {len(images.class_names)} classes")
+        if team.size > 1:
+            told.print(f"{team.size} processes share each batch")
+        with bars(err if team.is_first else told) as show:
+            outcome = learn(
+                frozen,
+                images,
+                settings,
+                label=label,
+                folder=place,
+                after=earlier,
+                resume=resume,
+                checkpoint_every_s=checkpoint_every,
+                watcher=show.learning("training", settings.batch_size),
+                team=team,
+            )
+        _print_outcome(told, outcome.report, outcome.path)
 
 
 @commands.command()
@@ -281,7 +287,7 @@ def _case(
     return Case(name=name, task=name, test=matched(test), train=training and matched(training))
 
 
-def _print_outcome(report: dict[str, Any], path: Path) -> None:
+def _print_outcome(told: Console, report: dict[str, Any], path: Path) -> None:
     table = Table(show_header=False)
     rows = {
         "bundle": f"{path} ({report['size_bytes'] / 1e6:.2f} MB)",
@@ -292,7 +298,7 @@ def _print_outcome(report: dict[str, Any], path: Path) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    out.print(table)
+    told.print(table)
 
 
 def _refuses(selector: dict[str, Any]) -> str:

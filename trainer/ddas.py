@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 from medley.errors import DataError
 from medley.levels import AutoencoderLevel, Level
 from medley.selector import TaskSelector, conformal_threshold
+from trainer.distributed import ALONE, Team
 
 __all__ = [
     "DEFAULT_ALPHA",
@@ -61,6 +62,7 @@ def fit_selector(
     alpha: float = DEFAULT_ALPHA,
     seed: int = 0,
     iterations: int = DEFAULT_ITERATIONS,
+    team: Team = ALONE,
 ) -> TaskSelector:
     """Fit autoencoders on some images of a task and calibrate them on others, see `calibrated`.
 
@@ -72,6 +74,7 @@ def fit_selector(
         alpha: the share of the task's own images that may be refused.
         seed: decides everything that is random; equal seeds give equal bits on one machine.
         iterations: of each autoencoder's training.
+        team: shares the folds of cross-fitting.
 
     Raises:
         DataError: no image to fit or to calibrate, or fewer than two to cross-fit.
@@ -85,7 +88,7 @@ def fit_selector(
         )
 
     labels_N = torch.zeros(_count(taps_fit), dtype=torch.int64)
-    return calibrated(fit, taps_fit, labels_N, taps_calibration, alpha=alpha, seed=seed)
+    return calibrated(fit, taps_fit, labels_N, taps_calibration, alpha=alpha, seed=seed, team=team)
 
 
 def calibrated(
@@ -96,6 +99,7 @@ def calibrated(
     *,
     alpha: float,
     seed: int,
+    team: Team = ALONE,
 ) -> TaskSelector:
     """Fit levels of any kind, and set the threshold that keeps a promise.
 
@@ -112,6 +116,7 @@ def calibrated(
         alpha: the share of the task's own images that may be refused. With n scores nothing below
             1 / (n + 1) can be promised; then that is promised, and the selector's `alpha` says so.
         seed: of the folds.
+        team: its processes fit different folds.
 
     Raises:
         DataError: no image to fit or to calibrate, or fewer than two to cross-fit.
@@ -119,7 +124,7 @@ def calibrated(
     _count(taps_fit)
     levels = fit(taps_fit, labels_N)
     if taps_calibration is None:
-        scores_N = _cross_fitted_scores(taps_fit, labels_N, fit, seed)
+        scores_N = _cross_fitted_scores(taps_fit, labels_N, fit, seed, team)
     else:
         _count(taps_calibration)
         scores_N = _scores(levels, taps_calibration)
@@ -257,16 +262,19 @@ def _scores(levels: tuple[Level, ...], taps: Taps) -> Tensor:
     return TaskSelector(levels, threshold=math.inf, alpha=None).scores(taps)
 
 
-def _cross_fitted_scores(taps: Taps, labels_N: Tensor, fit: FitLevels, seed: int) -> Tensor:
+def _cross_fitted_scores(
+    taps: Taps, labels_N: Tensor, fit: FitLevels, seed: int, team: Team
+) -> Tensor:
     """Scores (N,) of every image under levels that have not seen it."""
     count = _count(taps, least=2)
     order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     folds = order_N.tensor_split(min(FOLDS, count))
-    parts = []
-    for held_out in folds:
+
+    def scores(held_out: Tensor) -> Tensor:
         others = torch.cat([fold for fold in folds if fold is not held_out])
-        parts.append(_scores(fit(_rows(taps, others), labels_N[others]), _rows(taps, held_out)))
-    return torch.cat(parts)
+        return _scores(fit(_rows(taps, others), labels_N[others]), _rows(taps, held_out))
+
+    return torch.cat(team.pooled(map(scores, team.own(folds))))
 
 
 def _rows(taps: Taps, index: Tensor) -> Taps:

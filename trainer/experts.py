@@ -10,7 +10,7 @@ Legend: B rows (images or prompts), L tokens, D width, E experts, R bottleneck, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from kernels.expert_mixing import mix
 from medley.experts import BlockExperts
+from trainer.distributed import ALONE, Part
 
 __all__ = ["BlockMixture", "ExpertConfig", "NoisyRouter", "TowerMixture", "balance_loss"]
 
@@ -49,8 +50,8 @@ class NoisyRouter(nn.Module):
         self.noise_DE = nn.Parameter(torch.zeros(width, num_experts))
         self.top_k = min(top_k, num_experts)
 
-    def forward(self, tokens_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts, in training with noise.
+    def forward(self, tokens_BD: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts, in training with noise; the balance is that of the whole batch.
 
         Returns:
             expert_BK int64 and gates_BK float32, best first, and the balance loss,
@@ -60,13 +61,18 @@ class NoisyRouter(nn.Module):
         # choices.
         with torch.autocast(tokens_BD.device.type, enabled=False):
             clean_BE = tokens_BD.float() @ self.gate_DE
+            E = clean_BE.shape[1]
             if not self.training:
                 return *self._top(clean_BE), clean_BE.new_zeros(())
             spread_BE = F.softplus(tokens_BD.float() @ self.noise_DE) + _NOISE_FLOOR
-            noisy_BE = clean_BE + torch.randn_like(clean_BE) * spread_BE
+            noise_BE = part.drawn(lambda rows: clean_BE.new_empty(rows, E).normal_())
+            noisy_BE = clean_BE + noise_BE * spread_BE
             expert_BK, gates_BK = self._top(noisy_BE)
             importance_BE = torch.zeros_like(clean_BE).scatter(1, expert_BK, gates_BK)
-            return expert_BK, gates_BK, balance_loss(importance_BE, clean_BE, noisy_BE, spread_BE)
+            balance = balance_loss(
+                importance_BE, clean_BE, noisy_BE, spread_BE, self.top_k, total=part.team.total
+            )
+            return expert_BK, gates_BK, balance
 
     def _top(self, logits_BE: Tensor) -> tuple[Tensor, Tensor]:
         top_BK, expert_BK = logits_BE.topk(self.top_k, dim=-1)
@@ -102,22 +108,27 @@ class BlockMixture(nn.Module):
             kept = trained[:0].detach().clone() if frozen is None else getattr(frozen, name).float()
             self.register_buffer(f"frozen_{name}", kept, persistent=False)
 
-    def forward(self, x_BLD: Tensor, *, one_route: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BLD: Tensor, *, one_route: bool = False, part: Part | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mix each row's experts.
 
         Args:
             x_BLD: the residual stream after attention, not layer-normed.
             one_route: all rows have the same token 0, so they share one choice of experts (and in
                 training one draw of noise) and are mixed as if they were one long row.
+            part: which rows of a batch these are; None: all of it.
 
         Returns:
             what to add to the block's output, (B, L, D) in x's dtype, and the balance loss.
         """
-        tokens_BD = x_BLD[:1, 0] if one_route else x_BLD[:, 0]
-        expert_BK, gates_BK, balance = self.router(tokens_BD)
+        rows_BLD = x_BLD.flatten(0, 1)[None] if one_route else x_BLD
+        part = part or ALONE.part(len(rows_BLD))
+        expert_BK, gates_BK, balance = self.router(rows_BLD[:, 0], part)
         if self.training:
-            self.counts_E += torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
-        rows_BLD = _autocast(x_BLD.flatten(0, 1)[None] if one_route else x_BLD)
+            counts_E = torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
+            self.counts_E += part.team.total(counts_E)
+        rows_BLD = _autocast(rows_BLD)
         y_BLD = mix(
             rows_BLD,
             expert_BK,
@@ -125,22 +136,22 @@ class BlockMixture(nn.Module):
             torch.stack([self._all("down_ERD"), self._all("up_ERD")], 1).to(rows_BLD.dtype),
             torch.cat([self._all("down_bias_ER"), self._all("up_bias_ED")], 1),
             relu=self.config.relu,
-            keep_BLH=self._dropout(rows_BLD, expert_BK.shape[1]),
+            keep_BLH=self._dropout(rows_BLD, expert_BK.shape[1], part),
         )
         return y_BLD.view_as(x_BLD).to(x_BLD.dtype), balance
 
     def gates(self, x_BLD: Tensor) -> Tensor:
         """Return every row's gates over all experts, (B, E): how much each is used."""
-        expert_BK, gates_BK, _ = self.router(x_BLD[:, 0])
+        expert_BK, gates_BK, _ = self.router(x_BLD[:, 0], ALONE.part(len(x_BLD)))
         all_BE = gates_BK.new_zeros(len(x_BLD), self.router.gate_DE.shape[1])
         return all_BE.scatter(1, expert_BK, gates_BK)
 
-    def _dropout(self, x_BLD: Tensor, top_k: int) -> Tensor | None:
+    def _dropout(self, x_BLD: Tensor, top_k: int, part: Part) -> Tensor | None:
         """Draw what each hidden unit of each token is multiplied by: 0, or 1 / (1 - dropout)."""
         if not (self.training and self.config.dropout):
             return None
-        ones_BLH = x_BLD.new_ones(*x_BLD.shape[:2], top_k * self.config.bottleneck)
-        return F.dropout(ones_BLH, self.config.dropout)
+        L, H = x_BLD.shape[1], top_k * self.config.bottleneck
+        return part.drawn(lambda rows: F.dropout(x_BLD.new_ones(rows, L, H), self.config.dropout))
 
     def _all(self, name: str) -> Tensor:
         return torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name)])
@@ -173,23 +184,35 @@ class TowerMixture(nn.Module):
 
 
 def balance_loss(
-    importance_BE: Tensor, clean_BE: Tensor, noisy_BE: Tensor, spread_BE: Tensor
+    importance_BE: Tensor,
+    clean_BE: Tensor,
+    noisy_BE: Tensor,
+    spread_BE: Tensor,
+    top_k: int,
+    *,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
     """Return CV(importance)^2 + CV(load)^2: zero where all experts are used alike.
 
     Load is the smooth count: the chance, over a fresh draw of one expert's noise, that it would be
     among the chosen.
 
+    Args:
+        importance_BE: each row's gates over all experts.
+        clean_BE, noisy_BE, spread_BE: logits without and with noise, and the noise's deviation.
+        top_k: how many experts are chosen.
+        total: adds sums over these rows to those over the others of the batch.
+
     Source: Shazeer et al., arXiv:1701.06538, eq. 6-11.
     """
-    top_k = int((importance_BE[0] > 0).sum())
     if top_k == clean_BE.shape[1]:
         return clean_BE.new_zeros(())  # all are always chosen
     best_BK = noisy_BE.topk(top_k + 1, dim=-1).values
     kth_B1, next_B1 = best_BK[:, top_k - 1, None], best_BK[:, top_k, None]
     rival_BE = torch.where(noisy_BE > next_B1, next_B1, kth_B1)
     load_BE = torch.special.ndtr((clean_BE - rival_BE) / spread_BE)
-    return _squared_variation(importance_BE.sum(0)) + _squared_variation(load_BE.sum(0))
+    importance_E, load_E = total(torch.stack([importance_BE.sum(0), load_BE.sum(0)]))
+    return _squared_variation(importance_E) + _squared_variation(load_E)
 
 
 def _squared_variation(values_E: Tensor) -> Tensor:

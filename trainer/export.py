@@ -38,6 +38,7 @@ from medley.routed import ZERO_SHOT, RoutedModel
 from medley.selector import TaskSelector, conformal_threshold
 from trainer.datasets import ImageSet
 from trainer.ddas import false_reject_rate
+from trainer.distributed import ALONE, Team
 from trainer.experts import BlockMixture, TowerMixture
 from trainer.frozen import frozen_buckets, frozen_taps
 from trainer.methods import FrozenExperts, MoeAdapter
@@ -122,7 +123,10 @@ def frozen_experts(
 
 
 def measure_usage(learner: MoeAdapter, trunk: ImageTrunk, settings: TrainSettings) -> Usage:
-    """Measure each expert's share of the gates over training images and prompts, without noise."""
+    """Measure each expert's share of the gates over training images and prompts, without noise.
+
+    The trunk's team shares the images.
+    """
     usage: Usage = {"vision": {}, "text": {}}
 
     def watch(tower: Tower, mixtures: TowerMixture) -> Callable[[int, Tensor], None]:
@@ -140,6 +144,7 @@ def measure_usage(learner: MoeAdapter, trunk: ImageTrunk, settings: TrainSetting
             learner.image_features(entrance, observe=watch("vision", learner.vision))
         if learner.text is not None:
             learner.observe_text(watch("text", learner.text))
+    usage["vision"] = {b: trunk.team.total(mass_E) for b, mass_E in usage["vision"].items()}
     return {
         tower: {block: (mass_E / mass_E.sum()).cpu() for block, mass_E in blocks.items()}
         for tower, blocks in usage.items()
@@ -186,8 +191,11 @@ def export(
     after: Sequence[Bundle],
     data_digest: str,
     path: Path,
+    team: Team = ALONE,
 ) -> Bundle:
     """Calibrate DDAS, measure on held-out images, record the self-test and write the bundle.
+
+    The processes of a team share what is computed for each image; the rest each does for itself.
 
     Args:
         experts: as `keep` returns them.
@@ -199,6 +207,7 @@ def export(
         after: the bundles whose experts could be reused.
         data_digest: of all images given, hex.
         path: of the file.
+        team: all of it must call alike.
 
     Raises:
         BundleError: it cannot be written.
@@ -209,7 +218,7 @@ def export(
     model = classifier.model
     route = model.load(experts)
     class_text_CE = class_text_features(model, train.class_names, train.templates, route)
-    selector, calibration = _calibrated(classifier, train, held_out, settings)
+    selector, calibration = _calibrated(classifier, train, held_out, settings, team)
     classifier.selectors.add(route, selector)
     sample = held_out or train
     self_test = record_self_test(
@@ -235,7 +244,7 @@ def export(
             settings=settings.as_dict(),
             metrics={}
             if held_out is None
-            else _metrics(classifier, route, class_text_CE, held_out),
+            else _metrics(classifier, route, class_text_CE, held_out, team),
             after=tuple(bundle.digest for bundle in after),
         ),
         licence=label.licence,
@@ -348,11 +357,17 @@ def _kept(mixture: BlockMixture, old: BlockExperts | None, chosen: list[int]) ->
 
 
 def _calibrated(
-    classifier: Classifier, train: ImageSet, held_out: ImageSet | None, settings: TrainSettings
+    classifier: Classifier,
+    train: ImageSet,
+    held_out: ImageSet | None,
+    settings: TrainSettings,
+    team: Team,
 ) -> tuple[TaskSelector, Calibration]:
     run = FITS[settings.selector]
-    fit, labels_N = frozen_taps(classifier, train, run.taps), train.labels
-    calibration = None if held_out is None else frozen_taps(classifier, held_out, run.taps)
+    fit, labels_N = frozen_taps(classifier, train, run.taps, team=team), train.labels
+    calibration = (
+        None if held_out is None else frozen_taps(classifier, held_out, run.taps, team=team)
+    )
     enough = held_out is not None and (
         not run.promises or _can_promise(settings.alpha, len(held_out))
     )
@@ -368,6 +383,7 @@ def _calibrated(
         seed=settings.seed,
         iterations=settings.ddas_iterations,
         reference=load_reference(classifier.model.backbone),
+        team=team,
     )
     measured = calibration if calibration is not None and enough else fit
     promise = "split conformal" if enough else "cross-fitted conformal"
@@ -384,24 +400,30 @@ def _can_promise(alpha: float, held_out: int) -> bool:
 
 
 def _metrics(
-    classifier: Classifier, route: int, class_text_CE: Tensor, held_out: ImageSet
+    classifier: Classifier, route: int, class_text_CE: Tensor, held_out: ImageSet, team: Team
 ) -> dict[str, float]:
     model = classifier.model
     zero_shot_CE = class_text_features(model, held_out.class_names, held_out.templates)
     return {
-        "held_out_accuracy": _accuracy(classifier, route, class_text_CE, held_out),
-        "held_out_accuracy_zero_shot": _accuracy(classifier, ZERO_SHOT, zero_shot_CE, held_out),
+        "held_out_accuracy": _accuracy(classifier, route, class_text_CE, held_out, team),
+        "held_out_accuracy_zero_shot": _accuracy(
+            classifier, ZERO_SHOT, zero_shot_CE, held_out, team
+        ),
     }
 
 
-def _accuracy(classifier: Classifier, path: int, class_text_CE: Tensor, images: ImageSet) -> float:
-    scale = classifier.model.backbone.logit_scale
-    guesses = [
-        int(logits(features_E, class_text_CE, scale).argmax())
-        for frozen, count in frozen_buckets(classifier, images, taps=classifier.selectors.taps)
-        for features_E in classifier.follow(frozen, [Ask(path)] * count).features_BE
-    ]
-    return float((np.array(guesses) == images.labels).mean())
+def _accuracy(
+    classifier: Classifier, path: int, class_text_CE: Tensor, images: ImageSet, team: Team
+) -> float:
+    scale, taps = classifier.model.backbone.logit_scale, classifier.selectors.taps
+    guesses = team.pooled(
+        [
+            int(logits(features_E, class_text_CE, scale).argmax())
+            for features_E in classifier.follow(frozen, [Ask(path)] * count).features_BE
+        ]
+        for frozen, count in frozen_buckets(classifier, images, taps=taps, team=team)
+    )
+    return float((np.concatenate(guesses) == images.labels).mean())
 
 
 def _spread(images: ImageSet) -> list[int]:

@@ -28,6 +28,7 @@ from medley.errors import DataError
 from medley.routed import Frozen
 from trainer.checkpoint import make_folder
 from trainer.datasets import ImageSet, Picture
+from trainer.distributed import ALONE, Team
 from trainer.kept import KeptPart, KeptPicture
 from trainer.pixels import pixels_of
 
@@ -126,7 +127,12 @@ class FrozenStore:
 
 
 def frozen_buckets(
-    classifier: Classifier, images: ImageSet, *, taps: Sequence[str] = (), hidden: bool = True
+    classifier: Classifier,
+    images: ImageSet,
+    *,
+    taps: Sequence[str] = (),
+    hidden: bool = True,
+    team: Team = ALONE,
 ) -> Iterator[tuple[Frozen, int]]:
     """What the frozen backbone says of a set, a bucket at a time.
 
@@ -135,11 +141,13 @@ def frozen_buckets(
         images: in this order.
         taps: wanted of each image.
         hidden: whether the hidden state is wanted; without it `hidden_BLD` may be empty.
+        team: each of its processes gets its own share of the buckets, `Team.own`.
 
     Yields:
         a whole bucket, and how many of its rows are images and not padding.
     """
-    for start in range(0, len(images), classifier.max_batch):
+    starts = range(0, len(images), classifier.max_batch)
+    for start in team.own(starts):
         rows = range(start, min(start + classifier.max_batch, len(images)))
         kept = [images.items[row][0] for row in rows]
         yield (
@@ -151,13 +159,15 @@ def frozen_buckets(
         )
 
 
-def frozen_taps(classifier: Classifier, images: ImageSet, taps: Sequence[str]) -> dict[str, Tensor]:
-    """Frozen features (N, F) of a set by name, float32, on the CPU."""
-    parts = list(frozen_buckets(classifier, images, taps=taps, hidden=False))
-    return {
-        name: torch.cat([frozen.taps[name][:count] for frozen, count in parts]).cpu()
-        for name in taps
-    }
+def frozen_taps(
+    classifier: Classifier, images: ImageSet, taps: Sequence[str], *, team: Team = ALONE
+) -> dict[str, Tensor]:
+    """Frozen features (N, F) of a set by name, float32, on the CPU; a team shares the work."""
+    parts = team.pooled(
+        {name: frozen.taps[name][:count].cpu() for name in taps}
+        for frozen, count in frozen_buckets(classifier, images, taps=taps, hidden=False, team=team)
+    )
+    return {name: torch.cat([part[name] for part in parts]) for name in taps}
 
 
 def frozen_features(classifier: Classifier, images: ImageSet) -> Tensor:

@@ -22,6 +22,7 @@ from medley.errors import DataError
 from medley.manifest import Manifest
 from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, few_shot, split
+from trainer.distributed import ALONE, Team
 from trainer.export import (
     Label,
     Usage,
@@ -60,8 +61,12 @@ def learn(
     resume: bool = False,
     checkpoint_every_s: float = 60.0,
     watcher: Watcher,
+    team: Team = ALONE,
 ) -> Outcome:
     """Learn a task into `<task>-<version>.safetensors`; report and plots lie in a folder beside.
+
+    All processes of a team make the bundle, each in a folder of its own: give others than the first
+    one that is thrown away (`Team.place`). Only the first draws plots and resumes from its folder.
 
     Raises:
         DataError: the data cannot be learnt from, a setting does not suit the backbone or a bundle,
@@ -88,6 +93,7 @@ def learn(
         resume=resume,
         checkpoint_every_s=checkpoint_every_s,
         watcher=watcher,
+        team=team,
     )
     trained_s = time.monotonic()
     learner = trained.learner
@@ -105,12 +111,14 @@ def learn(
         after=after,
         data_digest=data_digest,
         path=path,
+        team=team,
     )
     report = _report(bundle, path, images, trained.history, usage) | {
         "training_s": round(trained_s - started_s, 1),
         "export_s": round(time.monotonic() - trained_s, 1),
     }
-    _write_reports(details, report, trained.history, usage)
+    if team.is_first:
+        _write_reports(details, report, trained.history, usage)
     return Outcome(bundle, path, report, learner.counts(kept))
 
 

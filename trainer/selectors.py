@@ -31,6 +31,7 @@ from trainer.ddas import (
     fit_plain_level,
     fit_selector,
 )
+from trainer.distributed import ALONE, Team
 from trainer.gaussians import Gaussian, class_level, strength_of_prior
 from trainer.reference import FEATURES, PAPER, Reference
 
@@ -51,6 +52,7 @@ class _Given:
     seed: int
     iterations: int
     reference: Reference | None
+    team: Team
 
     def calibrated(self, fit: FitLevels) -> TaskSelector:
         return calibrated(
@@ -60,6 +62,7 @@ class _Given:
             self.taps_calibration,
             alpha=self.alpha,
             seed=self.seed,
+            team=self.team,
         )
 
 
@@ -89,6 +92,7 @@ class Fit:
         seed: int = 0,
         iterations: int = DEFAULT_ITERATIONS,
         reference: Reference | None = None,
+        team: Team = ALONE,
     ) -> TaskSelector:
         """Fit a selector.
 
@@ -100,6 +104,7 @@ class Fit:
             seed: of everything that is random.
             iterations: of an autoencoder.
             reference: of the same backbone.
+            team: shares the folds of cross-fitting.
 
         Raises:
             DataError: too few images, or no reference where one is needed.
@@ -114,6 +119,7 @@ class Fit:
             seed=seed,
             iterations=iterations,
             reference=reference,
+            team=team,
         )
         return self.run(given)
 
@@ -202,6 +208,7 @@ def _ddas(given: _Given) -> TaskSelector:
         alpha=given.alpha,
         seed=given.seed,
         iterations=given.iterations,
+        team=given.team,
     )
 
 

@@ -30,6 +30,7 @@ from medley.errors import DataError
 from medley.prompts import prompts
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.datasets import ImageSet
+from trainer.distributed import ALONE, Team
 from trainer.methods import FrozenExperts, Learner, make_learner
 from trainer.settings import TrainSettings
 from trainer.trunk import ImageTrunk, image_hidden
@@ -87,8 +88,13 @@ def train(
     resume: bool,
     checkpoint_every_s: float,
     watcher: Watcher,
+    team: Team = ALONE,
 ) -> Trained:
     """Train the learner of `settings.method` on one task.
+
+    The processes of a team take each batch apart and end with the same learner. A step's batch, its
+    random numbers and its loss are those of one process alone; what differs is the order in which
+    numbers are added.
 
     Args:
         backbone: frozen.
@@ -102,11 +108,13 @@ def train(
         resume: go on from the checkpoint.
         checkpoint_every_s: seconds between two checkpoints.
         watcher: told of every step.
+        team: all of it must call alike; only the first of it needs `checkpoint`, and writes it.
 
     Raises:
         DataError: nothing to resume from, or it is another run's; the checkpoint cannot be
-        written; or the settings do not suit the backbone.
+        written; the settings do not suit the backbone; or the team is not of one mind.
     """
+    team.agree(identity)
     torch.manual_seed(settings.seed)
     class_prompts = prompts(images.class_names, images.templates[0])
     learner = make_learner(backbone, class_prompts, settings, frozen or FrozenExperts()).to(
@@ -116,9 +124,9 @@ def train(
         learner.load_state_dict(initial)
     optimiser = AdamW(learner.parameters(), lr=settings.lr, weight_decay=0.0)
     history = History()
-    done = _restore(checkpoint, identity, learner, optimiser, history) if resume else 0
-    trunk = _trunk(learner, images, settings)
-    curve = _Curve(learner, held_out, settings) if held_out is not None else None
+    done = _restore(checkpoint, identity, learner, optimiser, history, team) if resume else 0
+    trunk = _trunk(learner, images, settings, team)
+    curve = _Curve(learner, held_out, settings, team) if held_out is not None else None
     labels_N = torch.from_numpy(images.labels.copy()).to(backbone.device)
     watcher.on_start(done, settings.iterations)
     written_s = time.monotonic()
@@ -131,25 +139,30 @@ def train(
             image_BE, image_balance = learner.image_features(entrance)
             text_CE, text_balance = learner.text_features()
         logits_BC = backbone.logit_scale * (image_BE @ text_CE.T)
-        labels_B = labels_N[torch.from_numpy(index_B)]
-        loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=settings.label_smoothing)
-        if settings.balance:
-            loss = loss + settings.balance * (image_balance + text_balance)
+        part = team.part(len(index_B))
+        labels_B = labels_N[torch.from_numpy(index_B[part.rows])]
+        loss = part.share * _cross_entropy(logits_BC, labels_B, settings)
+        if settings.balance:  # all have the balance of the whole batch and of all prompts
+            loss = loss + settings.balance * (image_balance + text_balance) / team.size
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimiser.zero_grad()
         loss.backward()
+        hits = (logits_BC.argmax(1) == labels_B).float().sum()
+        result = torch.stack([loss.detach(), hits / part.whole])
+        team.add_up([*(p.grad for p in learner.parameters() if p.grad is not None), result])
         optimiser.step()
-        accuracy = float((logits_BC.argmax(1) == labels_B).float().mean())
-        history.losses.append(float(loss.detach()))
+        loss_now, accuracy = result.tolist()
+        history.losses.append(loss_now)
         history.accuracies.append(accuracy)
         if curve is not None and curve.is_due(step + 1):
             history.held_out.append((step + 1, curve.accuracy()))
-        if time.monotonic() - written_s >= checkpoint_every_s:
+        if team.is_first and time.monotonic() - written_s >= checkpoint_every_s:
             _save(checkpoint, identity, learner, optimiser, history)
             written_s = time.monotonic()
-        watcher.on_step(step + 1, history.losses[-1], accuracy)
-    _save(checkpoint, identity, learner, optimiser, history)
+        watcher.on_step(step + 1, loss_now, accuracy)
+    if team.is_first:
+        _save(checkpoint, identity, learner, optimiser, history)
     return Trained(learner.eval(), history, trunk)
 
 
@@ -162,7 +175,14 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _trunk(learner: Learner, images: ImageSet, settings: TrainSettings) -> ImageTrunk:
+def _cross_entropy(logits_BC: Tensor, labels_B: Tensor, settings: TrainSettings) -> Tensor:
+    """The mean over some images; zero, not NaN, over none."""
+    if not len(labels_B):
+        return logits_BC.sum()
+    return F.cross_entropy(logits_BC, labels_B, label_smoothing=settings.label_smoothing)
+
+
+def _trunk(learner: Learner, images: ImageSet, settings: TrainSettings, team: Team) -> ImageTrunk:
     """Cache as many copies as pay off: none if no image is seen twice, or if they do not fit."""
     seen = settings.iterations * settings.batch_size / len(images)
     wanted = min(max(1, settings.augmented_copies), math.ceil(seen))
@@ -175,6 +195,7 @@ def _trunk(learner: Learner, images: ImageSet, settings: TrainSettings) -> Image
         augment=settings.augmented_copies > 0,
         copies=0 if seen <= 1 else min(wanted, fitting),
         seed=settings.seed,
+        team=team,
     )
 
 
@@ -189,7 +210,9 @@ def _entrance_bytes(learner: Learner) -> int:
 class _Curve:
     """Accuracy on held-out images, a few times in a run."""
 
-    def __init__(self, learner: Learner, held_out: ImageSet, settings: TrainSettings) -> None:
+    def __init__(
+        self, learner: Learner, held_out: ImageSet, settings: TrainSettings, team: Team
+    ) -> None:
         chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[:CURVE_IMAGES]
         self._learner, self._images = learner, held_out.subset(np.sort(chosen))
         copies = CACHE_BYTES // (4 * _entrance_bytes(learner) * len(self._images))
@@ -201,6 +224,7 @@ class _Curve:
             augment=False,
             copies=min(1, copies),
             seed=0,
+            team=team,
         )
         self._every = max(1, settings.iterations // CURVE_POINTS)
         self._last, self._size = settings.iterations, settings.batch_size
@@ -212,12 +236,13 @@ class _Curve:
     def accuracy(self) -> float:
         self._learner.eval()
         text_CE, _ = self._learner.text_features()
-        hits = 0
+        team, hits = self._trunk.team, 0
         for index_B in _parts(len(self._images), self._size):
             features_BE, _ = self._learner.image_features(self._trunk.batch(index_B, 0))
             guess_B = (features_BE @ text_CE.T).argmax(1).cpu().numpy()
-            hits += int((guess_B == self._images.labels[index_B]).sum())
-        return hits / len(self._images)
+            own_B = index_B[team.part(len(index_B)).rows]
+            hits += int((guess_B == self._images.labels[own_B]).sum())
+        return int(team.total(torch.tensor(hits))) / len(self._images)
 
 
 def _parts(count: int, size: int) -> Iterator[NDArray[np.int64]]:
@@ -254,10 +279,15 @@ def _save(path: Path, identity: str, learner: Learner, optimiser: AdamW, history
 
 
 def _restore(
-    path: Path, identity: str, learner: Learner, optimiser: AdamW, history: History
+    path: Path,
+    identity: str,
+    learner: Learner,
+    optimiser: AdamW,
+    history: History,
+    team: Team,
 ) -> int:
     """Take up a checkpoint; return how many steps it has done."""
-    state: dict[str, Any] = load_checkpoint(path)
+    state: dict[str, Any] = team.told(lambda: load_checkpoint(path))
     if state.get("identity") != identity:
         raise DataError(
             f"{path.parent} holds another run: data, settings, backbone or earlier bundles differ"

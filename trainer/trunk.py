@@ -9,7 +9,7 @@ Legend: B images, N prompts, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from medley.backbone import Backbone
 from medley.tower import Block, Mask
 from trainer.datasets import ImageSet
+from trainer.distributed import ALONE, Part, Team
 from trainer.kept import kept_hidden
 from trainer.pixels import pixels_of
 
@@ -44,6 +45,7 @@ class Entrance:
 
     tensors: tuple[Tensor, ...]
     mask: Mask = None
+    part: Part | None = None  # which rows of a batch these are; None: all of it
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +65,8 @@ class ImageTrunk:
 
     Copy 0..copies-1 are the cached ones. A chunk of the cache always holds the same images in the
     same order, and without a cache a batch is computed as it is asked for: either way the bits do
-    not depend on when a run was interrupted.
+    not depend on when a run was interrupted. The processes of a team compute different
+    chunks of the cache, and each keeps all of it.
     """
 
     def __init__(
@@ -76,8 +79,9 @@ class ImageTrunk:
         augment: bool,
         copies: int,
         seed: int,
+        team: Team = ALONE,
     ) -> None:
-        self.images = images
+        self.images, self.team = images, team
         self._backbone, self._first_block, self._enter = backbone, first_block, enter
         self._augment, self._copies, self._seed = augment, copies, seed
         self._cached: dict[int, Entrance] = {}
@@ -85,36 +89,45 @@ class ImageTrunk:
     def batch(
         self, index_B: NDArray[np.int64], epoch: int, *, on_chunk: OnChunk = lambda _: None
     ) -> Entrance:
-        """Entrance of some images as they look in an epoch.
+        """Entrance of this process's part of some images, as they look in an epoch.
 
         Args:
-            index_B: which images.
+            index_B: which images; the same in all processes.
             epoch: decides their random crops; with a cache of k copies, epoch modulo k does.
             on_chunk: told of the images of each part of a copy that has to be computed first.
         """
+        part = self.team.part(len(index_B))
+        own_B = index_B[part.rows]
         if not self._copies:
-            return self._compute(index_B, epoch)
+            return replace(self._compute(own_B, epoch), part=part)
         copy = epoch % self._copies
         if copy not in self._cached:
             self._cached[copy] = self._fill(copy, on_chunk)
-        return self._cached[copy].rows(torch.from_numpy(index_B))
+        return replace(self._cached[copy].rows(torch.from_numpy(own_B)), part=part)
 
     def _fill(self, copy: int, on_chunk: OnChunk) -> Entrance:
         whole: tuple[Tensor, ...] = ()
-        for start in range(0, len(self.images), CHUNK):
-            index_B = np.arange(start, min(start + CHUNK, len(self.images)))
-            part = self._compute(index_B, copy)
+        all_N = np.arange(len(self.images))
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(all_N), CHUNK)]
+        for turn in range(0, len(chunks), self.team.size):
+            each = chunks[turn : turn + self.team.size]
+            own = (each[self.team.rank :] or [slice(0, 0)])[0]
+            part = self._compute(all_N[own], copy)
             if not whole:
                 whole = tuple(
-                    some_BLD.new_empty((len(self.images), *some_BLD.shape[1:]))
+                    some_BLD.new_empty((len(all_N), *some_BLD.shape[1:]))
                     for some_BLD in part.tensors
                 )
             for all_NLD, some_BLD in zip(whole, part.tensors, strict=True):
-                all_NLD[start : start + CHUNK] = some_BLD
-            on_chunk(len(index_B))
+                all_NLD[own] = some_BLD
+                for rank, chunk in enumerate(each):
+                    self.team.spread(all_NLD[chunk], source=rank)
+            on_chunk(sum(len(all_N[chunk]) for chunk in each))
         return Entrance(whole)
 
     def _compute(self, index_B: NDArray[np.int64], copy: int) -> Entrance:
+        if not len(index_B):  # a process without a part still has to know the shapes
+            return self._compute(np.arange(1), copy).rows(torch.arange(0))
         return self._enter(self._hidden(index_B.tolist(), copy))
 
     def _hidden(self, index: Sequence[int], copy: int) -> Tensor:

@@ -122,7 +122,7 @@ def test_balance_loss_grows_as_use_becomes_one_sided() -> None:
     def loss(noisy_BE: torch.Tensor, clean_BE: torch.Tensor) -> float:
         top_BK, expert_BK = noisy_BE.topk(2)
         importance_BE = torch.zeros(64, 4).scatter(1, expert_BK, top_BK.softmax(1))
-        return float(balance_loss(importance_BE, clean_BE, noisy_BE, spread_BE))
+        return float(balance_loss(importance_BE, clean_BE, noisy_BE, spread_BE, 2))
 
     assert loss(even_BE, clean_BE) < 0.3
     assert loss(one_sided_BE, one_sided_BE - even_BE) > 2

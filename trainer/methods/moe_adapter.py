@@ -154,13 +154,13 @@ def _walk(
     attended_BLD, after_BLD = entrance.tensors
     if observe is not None:
         observe(first, attended_BLD)
-    y_BLD, balance = mixtures[first](attended_BLD, one_route=one_route)
+    y_BLD, balance = mixtures[first](attended_BLD, one_route=one_route, part=entrance.part)
     x_BLD = after_BLD + y_BLD
     for index in rest:
         x_BLD = blocks[index].attend(x_BLD, entrance.mask)
         if observe is not None:
             observe(index, x_BLD)
-        y_BLD, more = mixtures[index](x_BLD, one_route=one_route)
+        y_BLD, more = mixtures[index](x_BLD, one_route=one_route, part=entrance.part)
         x_BLD = x_BLD + blocks[index].mlp(x_BLD) + y_BLD
         balance = balance + more
     return x_BLD, balance
