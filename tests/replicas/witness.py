@@ -80,13 +80,19 @@ class Witness:
                 self.right[name, version] = GENERATION.sub(b"", answer.body)
 
     @contextmanager
-    def watching(self, *replicas: Replica, per_s: float = PER_S) -> Iterator[list[Tally]]:
-        """Load replicas while the block runs; then check every answer that any of them gave."""
+    def recording(self, *replicas: Replica, per_s: float = PER_S) -> Iterator[list[Tally]]:
+        """Load replicas while the block runs; a tally for each, complete after it."""
         tallies: list[Tally] = []
         with ExitStack() as stack:
             for replica in replicas:
                 one = loading(replica.url, self.requests, clients=2, per_s=per_s)
                 tallies.append(stack.enter_context(one))
+            yield tallies
+
+    @contextmanager
+    def watching(self, *replicas: Replica) -> Iterator[list[Tally]]:
+        """Load replicas while the block runs; then check every answer that any of them gave."""
+        with self.recording(*replicas) as tallies:
             yield tallies
         for replica, tally in zip(replicas, tallies, strict=True):
             assert set(tally.statuses) == {200}, (replica.name, tally.statuses)
@@ -102,6 +108,18 @@ class Witness:
             generation = int(match[1])
             if GENERATION.sub(b"", body) != self.right[name, self.live_in(generation)]:
                 found[name, generation] += count
+        return found
+
+    def seen(self, tally: Tally) -> dict[int, set[str]]:
+        """Which versions of `swap` answered in each generation; fails at any other answer."""
+        found: dict[int, set[str]] = {}
+        for name, _, body in tally.answers:
+            match, rest = GENERATION.match(body), GENERATION.sub(b"", body)
+            assert match is not None, body[:100]
+            versions = {version for version in "12" if self.right[name, version] == rest}
+            assert versions, (name, body)
+            if name == "swap":
+                found.setdefault(int(match[1]), set()).update(versions)
         return found
 
     def live_in(self, generation: int) -> str:
