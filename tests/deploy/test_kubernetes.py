@@ -233,11 +233,21 @@ def test_a_pod_may_do_nothing_but_serve(overlay: Overlay) -> None:
     }
     empty = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
     writable = {one["mountPath"] for one in container["volumeMounts"] if one["name"] in empty}
-    assert writable == {overlay.settings["MEDLEY_STORE"], "/tmp"}
+    assert writable == {"/var/lib/medley", "/tmp"}
+    assert Path(overlay.settings["MEDLEY_STORE"]).parent == Path("/var/lib/medley")
     assert container["resources"]["limits"]["memory"]
     assert overlay.one("Namespace")["metadata"]["labels"] == {
         "pod-security.kubernetes.io/enforce": "restricted"
     }
+
+
+def test_the_pod_runs_as_the_images_own_user(overlay: Overlay) -> None:
+    image = (ROOT / "Dockerfile").read_text()
+    user, group = re.findall(r"^USER (\d+):(\d+)$", image, re.MULTILINE)[-1]
+    security = overlay.pod["spec"]["securityContext"]
+    assert (security["runAsUser"], security["runAsGroup"]) == (int(user), int(group))
+    assert "command" not in overlay.container
+    assert "args" not in overlay.container
 
 
 def test_the_network_lets_in_who_asks_and_out_to_what_it_needs(overlay: Overlay) -> None:
