@@ -66,8 +66,16 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async def start() -> None:
-            startup = Startup(settings, metrics, stack, at=lifecycle.at, on_step=on_step)
-            app.state.service = await startup.run(backbone)
+            startup = Startup(
+                settings,
+                metrics,
+                stack,
+                at=lifecycle.at,
+                phase=lambda: probes.phase_of(app),
+                on_step=on_step,
+            )
+            service = app.state.service = await startup.run(backbone)
+            service.heartbeat.look()
 
         async with AsyncExitStack() as stack:
             stack.callback(spans.close)
@@ -95,6 +103,7 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.lifecycle, app.state.metrics, app.state.service = lifecycle, metrics, None
+    metrics.ready.set_function(lambda: probes.phase_of(app) == "ready")
     problems.install(app)
     for module in (
         classify,
@@ -116,7 +125,7 @@ def create_app(
         metrics=metrics,
         generation=generation,
         tracing=spans,
-        replica=settings.replica,
+        replica=settings.replica_name,
     )
     openapi.describe(app)
     return app

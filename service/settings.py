@@ -7,6 +7,8 @@ compares the two.
 from __future__ import annotations
 
 import ipaddress
+import re
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -293,6 +295,13 @@ class Settings(BaseSettings):
     def max_wait_s(self) -> float:
         """`max_wait_ms` in seconds, which everything inside uses."""
         return self.max_wait_ms / 1000
+
+    @property
+    def replica_name(self) -> str:
+        """`replica`, or where replicas share a registry and it is empty, the machine's name."""
+        if self.replica or self.registry is None:
+            return self.replica
+        return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:128]
 
     @property
     def changes_allowed(self) -> bool:

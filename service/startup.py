@@ -31,10 +31,19 @@ from service.signals.metrics import Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
 from service.state import Service
+from service.versions.backup import Backup
+from service.versions.board import Board, LocalBoard, Phase, RedisBoard
+from service.versions.collector import Collector
+from service.versions.follower import Follower
+from service.versions.heartbeat import Heartbeat
 from service.versions.loading import Loader
 from service.versions.local_registry import LocalRegistry
 from service.versions.overlap import Overlap
+from service.versions.reconciler import Reconciler
+from service.versions.redis_registry import RedisRegistry
+from service.versions.registry import Registry
 from service.versions.residency import Residency
+from service.versions.shared import Shared, open_shared
 from service.versions.sources import Sources
 from service.versions.store import BundleStore
 from service.versions.tasks import Tasks
@@ -47,7 +56,8 @@ OnStep = Callable[[str], None]
 class Startup:
     """One start of one server; `stack` closes what it has opened, in reverse.
 
-    `at` hears what it is doing, `on_step` where a registration is.
+    `at` hears what it is doing, `on_step` where a registration is; `phase` says where the server
+    is between its start and its end.
     """
 
     def __init__(
@@ -57,12 +67,14 @@ class Startup:
         stack: AsyncExitStack,
         *,
         at: OnStep,
+        phase: Callable[[], Phase],
         on_step: OnStep,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._stack = stack
         self._at = at
+        self._phase = phase
         self._on_step = on_step
 
     async def run(self, backbone: Backbone | None) -> Service:
@@ -72,17 +84,20 @@ class Startup:
             MedleyError: the store, the model or the registry cannot be had.
         """
         self._at("opening the store")
-        store = self._open_store()
-        registry = self._open_registry()
+        store, shared = await self._open_store()
         self._at("loading the model")
         backbone, classifier = await self._load_model(backbone)
+        registry = self._open_registry(shared, backbone)
         engine = self._start_engine(classifier)
         residency = self._make_residency(store, engine, classifier)
         reservoir = await self._open_reservoir()
         signals = Signals(live=residency.live, metrics=self._metrics, reservoir=reservoir)
         tasks = self._make_tasks(registry, store, engine, residency, signals)
+        board = self._make_board(shared)
+        heartbeat = self._start_heartbeat(board, residency, backbone)
+        follower = self._make_follower(tasks, registry, board, heartbeat)
         self._at("restoring tasks")
-        await tasks.restore()
+        await follower.join(self._at)
         self._at("warming up")
         await asyncio.wrap_future(engine.run(classifier.prepare))
         await asyncio.wrap_future(engine.prove())  # not ready before a forward has succeeded
@@ -98,12 +113,17 @@ class Startup:
             signals=signals,
         )
         labels = self._make_labels(classifier.model, engine)
+        follower.start()
+        self._start_collector(shared, registry, store, board)
         return Service(
             settings=self._settings,
             backbone=backbone,
             engine=engine,
             tasks=tasks,
             residency=residency,
+            follower=follower,
+            board=board,
+            heartbeat=heartbeat,
             labels=labels,
             bodies=self._make_bodies(held_bytes),
             inference=inference,
@@ -114,17 +134,104 @@ class Startup:
             metrics=self._metrics,
         )
 
-    def _open_store(self) -> BundleStore:
-        store = BundleStore(self._settings.store)
+    async def _open_store(self) -> tuple[BundleStore, Shared | None]:
+        shared = await open_shared(self._settings, at=self._at)
+        if shared is not None:
+            self._stack.callback(shared.client.close)
+        up = None if shared is None else shared.blobs
+        self._metrics.store_up.set_function(lambda: up is None or up.up)
+        store = BundleStore(self._settings.store, None if shared is None else shared.store)
         self._stack.callback(store.close)
-        return store
+        return store, shared
 
-    def _open_registry(self) -> LocalRegistry:
-        path = self._settings.store / "registry.sqlite"
-        registry = LocalRegistry(path, on_step=self._on_step)
+    def _open_registry(self, shared: Shared | None, backbone: Backbone) -> Registry:
+        registry: Registry
+        if shared is None:
+            path = self._settings.store / "registry.sqlite"
+            registry = LocalRegistry(path, on_step=self._on_step)
+        else:
+            registry = self._share_registry(shared, backbone)
         self._stack.callback(registry.close)
         self._metrics.registry_up.set_function(lambda: registry.up)
         return registry
+
+    def _share_registry(self, shared: Shared, backbone: Backbone) -> RedisRegistry:
+        metrics = self._metrics
+        registry = RedisRegistry(
+            shared.client,
+            prefix=self._settings.registry_prefix,
+            backup=Backup(shared.blobs),
+            backbone=backbone.fingerprint,
+            on_step=self._on_step,
+        )
+        counted = 0
+
+        def measure() -> None:
+            nonlocal counted
+            metrics.registry_recoveries.inc(registry.recoveries - counted)
+            counted = registry.recoveries
+
+        metrics.before_scrape.append(measure)
+        metrics.registry_backup_generation.set_function(lambda: max(0, registry.backup_generation))
+        return registry
+
+    def _make_board(self, shared: Shared | None) -> Board:
+        if shared is None:
+            return LocalBoard()
+        settings = self._settings
+        return RedisBoard(
+            shared.client, prefix=settings.registry_prefix, ttl_s=settings.replica_ttl_s
+        )
+
+    def _start_heartbeat(self, board: Board, residency: Residency, backbone: Backbone) -> Heartbeat:
+        heartbeat = Heartbeat(
+            board,
+            residency,
+            name=self._settings.replica_name,
+            fingerprint=backbone.fingerprint,
+            phase=self._phase,
+            ttl_s=self._settings.replica_ttl_s,
+            metrics=self._metrics,
+        )
+        heartbeat.start()
+        self._stack.push_async_callback(heartbeat.close)
+        return heartbeat
+
+    def _make_follower(
+        self, tasks: Tasks, registry: Registry, board: Board, heartbeat: Heartbeat
+    ) -> Follower:
+        alone = self._settings.registry is None
+        follower = Follower(
+            tasks,
+            registry,
+            board=board,
+            me=heartbeat.id,
+            poll_s=None if alone else self._settings.poll_s,
+        )
+        heartbeat.retry_s = follower.retry_s
+        self._stack.push_async_callback(follower.close)
+        return follower
+
+    def _start_collector(
+        self, shared: Shared | None, registry: Registry, store: BundleStore, board: Board
+    ) -> None:
+        if shared is None:
+            return
+        collector = Collector(
+            registry=registry,
+            store=store,
+            ledger=shared.ledger,
+            in_use=board.digests,
+            keep_s=self._settings.keep_unused_s,
+            metrics=self._metrics,
+        )
+        running = asyncio.create_task(collector.run(), name="collector")
+
+        async def end() -> None:
+            running.cancel()
+            await asyncio.wait([running])
+
+        self._stack.push_async_callback(end)
 
     async def _load_model(self, backbone: Backbone | None) -> tuple[Backbone, Classifier]:
         settings = self._settings
@@ -175,20 +282,23 @@ class Startup:
 
     def _make_tasks(
         self,
-        registry: LocalRegistry,
+        registry: Registry,
         store: BundleStore,
         engine: Engine,
         residency: Residency,
         signals: Signals,
     ) -> Tasks:
         settings, metrics = self._settings, self._metrics
+        reconciler = Reconciler(
+            registry=registry, store=store, residency=residency, signals=signals, metrics=metrics
+        )
         tasks = Tasks(
             registry=registry,
             store=store,
             sources=Sources(settings.bundle_sources, timeout_s=settings.upload_timeout_s),
             residency=residency,
+            reconciler=reconciler,
             overlap=Overlap(engine=engine, live=residency.live, bundle=store.path, metrics=metrics),
-            signals=signals,
             max_bundle_bytes=settings.max_bundle_bytes,
             on_step=self._on_step,
         )

@@ -19,6 +19,9 @@ from service.settings import Settings
 from service.signals.metrics import Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
+from service.versions.board import Board
+from service.versions.follower import Follower
+from service.versions.heartbeat import Heartbeat
 from service.versions.residency import Residency
 from service.versions.tasks import Tasks
 
@@ -34,6 +37,9 @@ class Service:
     engine: Engine
     tasks: Tasks
     residency: Residency
+    follower: Follower
+    board: Board
+    heartbeat: Heartbeat
     labels: LabelCache
     bodies: Bodies
     inference: Inference

@@ -14,13 +14,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from service.errors import UnavailableError
 from service.lifecycle import Lifecycle
 from service.state import CurrentService, Service, service_of
+from service.versions.board import Phase
 
-__all__ = ["check_live", "check_ready", "routes"]
+__all__ = ["check_live", "check_ready", "phase_of", "routes"]
 
 routes = APIRouter(tags=["probes"])
 BEATS = 3  # an engine may miss two heartbeats and still be ready
 LAST_BEATS = 30  # one without any success for so long will not recover by itself
 STALLED_S = 30.0  # no image waits this long while the engine works
+_PHASES: dict[str, Phase] = {"starting": "starting", "draining": "draining"}  # by code
 
 
 @routes.get("/startupz")
@@ -39,7 +41,7 @@ async def livez(request: Request) -> dict[str, bool]:
 @routes.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
     """Whether traffic should come here; 503 without a recent forward that succeeded."""
-    check_ready(request)
+    check_ready(request.app)
     service = service_of(request)
     snapshot = service.tasks.live.snapshot
     state: dict[str, Any] = {
@@ -75,17 +77,28 @@ def check_live(app: FastAPI) -> None:
         raise UnavailableError("the engine is dead", code="engine_dead")
 
 
-def check_ready(request: Request) -> None:
+def check_ready(app: FastAPI) -> None:
     """Let traffic come to a server that has started, stays, and computes.
 
     Raises:
         UnavailableError: it should go elsewhere.
     """
-    lifecycle: Lifecycle = request.app.state.lifecycle
+    lifecycle: Lifecycle = app.state.lifecycle
+    service: Service | None = app.state.service
     if lifecycle.draining:
         raise UnavailableError("the server is shutting down", code="draining")
-    service = service_of(request)
+    if service is None:
+        raise UnavailableError(f"the server is starting: {lifecycle.step}", code="starting")
     engine = service.engine
     stale = engine.last_success_age_s() > BEATS * service.settings.heartbeat_s
     if stale or engine.oldest_wait_s() > STALLED_S or not engine.alive:
         raise UnavailableError("no forward has succeeded lately", code="not_ready")
+
+
+def phase_of(app: FastAPI) -> Phase:
+    """The same as a word."""
+    try:
+        check_ready(app)
+    except UnavailableError as error:
+        return _PHASES.get(error.code, "not_ready")
+    return "ready"

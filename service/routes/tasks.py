@@ -196,7 +196,7 @@ async def _start(wanted: Wanted, request: Request, service: Service) -> Started[
     kind, settings = _kind(request), service.settings
     if kind == _JSON:
         asked = checked(SourceRequest, await _json(request, settings))
-        return service.tasks.fetch(wanted, asked.source)
+        return await service.tasks.fetch(wanted, asked.source)
     if kind not in ("", _BYTES):
         raise MediaTypeError(f"send the bundle as {_BYTES}, or its source as {_JSON}")
     return await service.tasks.receive(wanted, _body(request, settings.max_bundle_bytes, settings))

@@ -58,7 +58,7 @@ async def server_live(request: Request) -> ServerLive:
 @routes.get("/health/ready")
 async def server_ready(request: Request) -> ServerReady:
     """As `/readyz`; a version that failed after the start does not count."""
-    check_ready(request)
+    check_ready(request.app)
     return ServerReady(ready=True, live=True)
 
 

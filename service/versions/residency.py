@@ -31,7 +31,6 @@ from service.wire.rollout_schemas import candidates
 __all__ = ["Residency", "protected"]
 
 log = logging.getLogger(__name__)
-TRIES = 3  # of a version that fails for a reason which is not in its bundle
 
 
 class Residency:
@@ -63,7 +62,7 @@ class Residency:
         self._coming: frozenset[Key] = frozenset()  # protected by the state that is being followed
         self._ahead: dict[str, Resident] = {}  # loaded for it, by digest; nobody sees them yet
         self._refused: dict[str, str] = {}  # what it will have as failed: why, by digest
-        self._attempts: Counter[str] = Counter()  # loads that failed since one did not, by digest
+        self._attempts: Counter[Key] = Counter()  # loads that failed since one did not
         self.lacking: dict[Key, str] = {}  # what could not be had for it at the last try: why
         self._held: Counter[Key] = Counter()  # not to be evicted: somebody is about to use it
         self._bringing: dict[Key, asyncio.Task[None]] = {}
@@ -73,17 +72,13 @@ class Residency:
         self.live = Live(unload=self._unload)
         metrics.before_scrape.append(self._measure)
 
-    async def restore(self, desired: Desired) -> None:
-        """Follow the first state, and load versions that need not be there while there is room.
-
-        Raises: as for `follow`.
-        """
-        await self.follow(desired)
-        for record in desired.versions:
+    async def fill(self) -> None:
+        """Load versions that need not be here, while there is room for them."""
+        for record in self.live.snapshot.desired.versions:
             if len(self.live.snapshot.residents) == self._loader.paths:
                 return  # where slots are short, a smaller one may still find room
             try:
-                if not self._has(record):
+                if not (self._has(record) or self._has_failed(record)):
                     await self._load(record, evict=False)
             except (CapacityError, StorageError) as error:
                 log.debug("%s@%s is not loaded yet: %s", record.task, record.version, error)
@@ -121,9 +116,9 @@ class Residency:
         """Whether everything is here that has to be, or is known not to work."""
         return not self._missing(self.live.snapshot.desired)
 
-    def attempts(self, record: VersionRecord) -> int:
+    def attempts(self, key: Key) -> int:
         """How often loading a version has failed since it last did not."""
-        return self._attempts[record.digest]
+        return self._attempts[key]
 
     @property
     def digests(self) -> frozenset[str]:
@@ -233,7 +228,8 @@ class Residency:
         for digest in self._ahead.keys() - wanted:
             self.discard(self._ahead.pop(digest))
         self._refused = {d: reason for d, reason in self._refused.items() if d in wanted}
-        self._attempts = Counter({d: n for d, n in self._attempts.items() if d in wanted})
+        known = desired.records
+        self._attempts = Counter({key: n for key, n in self._attempts.items() if key in known})
 
     def _missing(self, desired: Desired) -> list[VersionRecord]:
         """What a state protects and is neither here nor known not to work; live ones first."""
@@ -283,20 +279,15 @@ class Residency:
     def _fails(self, record: VersionRecord, error: MedleyError) -> None:
         """Refuse a version for the state to come, or raise `error` if it may work the next time."""
         key = (record.task, record.version)
-        self.lacking[key] = str(error)
-        transient = isinstance(error, StorageError | UnavailableError)
         if isinstance(error, UnavailableError) and error.code == "version_failed":
             self._refused[record.digest] = self.live.snapshot.failed[key]
-        elif isinstance(error, BundleError) or (
-            not transient and self._attempts[record.digest] >= TRIES
-        ):
+        elif isinstance(error, StorageError | UnavailableError):
+            self.lacking[key] = str(error)
+            raise error
+        else:
             log.error("%s@%s cannot be served: %s", *key, error)
             self._host.drop(record.digest)
             self._refused[record.digest] = str(error)
-        elif transient:
-            raise error
-        else:
-            raise UnavailableError(str(error), code="version_unloaded") from error
 
     def _flip_ahead(self, desired: Desired) -> None:
         """Flip to a state with what was loaded and refused for it."""
@@ -371,9 +362,13 @@ class Residency:
             self._keep(record, prepared)  # room or not: to ask again must not cost a file each time
             return await self._admit(record, prepared, evict=evict)
 
+    def _read(self, digest: str) -> Bundle:
+        """A bundle from its file, which is fetched if it is not here; on a thread."""
+        return self._loader.read(self._store.fetch(digest))
+
     async def _from_disk(self, record: VersionRecord) -> Prepared:
         async with self._reading:
-            bundle = await asyncio.to_thread(self._loader.read, self._store.path(record.digest))
+            bundle = await asyncio.to_thread(self._read, record.digest)
             if bundle.digest != record.digest:
                 raise BundleError(["the bundle in the store is another one"], code="damaged")
             return await self._loader.prepare(bundle)
@@ -513,19 +508,17 @@ class Residency:
         metrics.bundle_bytes.labels("host").set(self._host.size_bytes)
         on_disk = {record.digest: record.size_bytes or 0 for record in snapshot.desired.versions}
         metrics.bundle_bytes.labels("disk").set(sum(on_disk.values()))
-        for kind in ("desired", "observed"):
-            metrics.generation.labels(kind).set(snapshot.desired.generation)
 
     @contextmanager
     def _counted(self, record: VersionRecord) -> Iterator[None]:
         try:
             yield
         except MedleyError as error:
-            self._attempts[record.digest] += 1
+            self._attempts[record.task, record.version] += 1
             self._metrics.bundle_loads.labels("refused").inc(not isinstance(error, StorageError))
             self._metrics.self_test_failures.inc(error.code == "self_test_failed")
             raise
-        self._attempts.pop(record.digest, None)
+        self._attempts.pop((record.task, record.version), None)
         self._metrics.bundle_loads.labels("ok").inc()
 
 

@@ -1,9 +1,10 @@
 """The life of a task version on this server: taken in, live, rolled back, gone, restored at start.
 
-Order of every change: bytes to the store, admission on the device (`residency.py`), one
-registry transaction, flip of the pointer in memory. So a crash leaves the registry before or after,
-and nothing is reported live that is not. One change at a time; requests go on meanwhile. A change
-that has begun is made whole, whoever has given up waiting for it.
+Order of every change: catch up with the registry, which replicas may share; bytes to the store,
+admission on the device (`residency.py`), one registry transaction, flip of the pointer in memory.
+So a crash leaves the registry before or after, and nothing is reported live that is not. One change
+at a time; requests go on meanwhile. A change that has begun is made whole, whoever has given up
+waiting for it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from medley.bundle import Bundle
-from service.errors import ConflictError, PreconditionError, RequestError, StorageError
+from service.errors import (
+    ConflictError,
+    PreconditionError,
+    RequestError,
+    StorageError,
+    UnavailableError,
+)
 from service.signals.metrics import NOBODY, OTHER, ZERO_SHOT_LABEL
-from service.signals.signals import Signals
 from service.versions.desired import LIVE, Desired, IfMatch, VersionRecord, now
-from service.versions.live import Key, Live, Snapshot
+from service.versions.live import Key, Live, Resident, Snapshot
 from service.versions.operations import Operations, Started
 from service.versions.overlap import Overlap
+from service.versions.reconciler import Reconciler
 from service.versions.registry import Registry
 from service.versions.residency import Residency
 from service.versions.sources import Sources
@@ -84,8 +92,8 @@ class Tasks:
         store: BundleStore,
         sources: Sources,
         residency: Residency,
+        reconciler: Reconciler,
         overlap: Overlap,
-        signals: Signals,
         max_bundle_bytes: int,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
@@ -93,8 +101,8 @@ class Tasks:
         self._store = store
         self._sources = sources
         self._residency = residency
+        self._reconciler = reconciler
         self._overlap = overlap
-        self._signals = signals
         self._max_bundle_bytes = max_bundle_bytes
         self._on_step = on_step
         self._verifying = asyncio.Lock()  # one bundle at a time is in memory
@@ -107,10 +115,26 @@ class Tasks:
         return self._residency.live
 
     async def restore(self) -> None:
-        """Load what the registry wants; a version that cannot be loaded is marked, not fatal."""
+        """Load what the registry wants; a version that is refused is marked, not fatal.
+
+        Raises:
+            UnavailableError, StorageError: the registry, or a bundle, cannot be had now.
+        """
         desired = await asyncio.to_thread(self._registry.read)
         await asyncio.to_thread(self._store.clean, {r.digest for r in desired.versions})
-        await self._residency.restore(desired)
+        await self._reconciler.follow(desired)
+        await self._residency.fill()
+
+    async def catch_up(self) -> None:
+        """Serve by what the registry says now, once it is this one's turn; see `Reconciler`."""
+        await self._change(_nothing())
+
+    async def retry(self, key: Key) -> None:
+        """Try a version once more that was refused; it stays as it is if it still is.
+
+        Raises: as for `Residency.bring`.
+        """
+        await self._change(self._residency.bring(key, again=True))
 
     async def close(self) -> None:
         """Give up registrations that wait, make whole what has begun, and return then."""
@@ -126,9 +150,10 @@ class Tasks:
 
         Raises:
             RequestError, PreconditionError: see `Wanted.check`.
+            UnavailableError: the registry is away.
             PayloadError, StorageError: too large, or the disk does not take it.
         """
-        wanted.check(self.live.snapshot.desired)
+        await self._check(wanted)
         upload = self._store.upload(self._max_bundle_bytes)
         try:
             async for chunk in chunks:
@@ -140,15 +165,16 @@ class Tasks:
             upload.discard()
             raise
 
-    def fetch(self, wanted: Wanted, source: str) -> Started[Registered]:
+    async def fetch(self, wanted: Wanted, source: str) -> Started[Registered]:
         """Get a bundle from one of the sources; as `receive`, and the fetch is in the operation.
 
         Raises:
             AccessError, RequestError: this source may not be fetched.
             RequestError, PreconditionError: see `Wanted.check`.
+            UnavailableError: the registry is away.
         """
         self._sources.check(source)
-        wanted.check(self.live.snapshot.desired)
+        await self._check(wanted)
         return self._start(wanted, self._fetch(wanted, source))
 
     async def set_alias(
@@ -221,13 +247,22 @@ class Tasks:
                 raise ConflictError(f"{task}@{version} is being tried", code="version_in_use")
             return self._registry.delete_version(task, version, if_match=if_match)
 
-        return await self._change(self._drop(delete))
+        return await self._change(self._apply(delete))
 
     async def delete_task(self, task: str, *, if_match: IfMatch | None = None) -> Snapshot:
         """Remove a task; requests in flight still get its answers."""
         return await self._change(
-            self._drop(lambda: self._registry.delete_task(task, if_match=if_match))
+            self._apply(lambda: self._registry.delete_task(task, if_match=if_match))
         )
+
+    async def _check(self, wanted: Wanted) -> None:
+        """See that it is worth a bundle's bytes, by what is served, or else by the registry."""
+        served = self.live.snapshot.desired
+        with suppress(PreconditionError):
+            wanted.check(served)
+            if self._registry.up:
+                return
+        wanted.check(await asyncio.to_thread(self._registry.read, served))
 
     def _start(self, wanted: Wanted, work: Coroutine[Any, Any, Registered]) -> Started[Registered]:
         return self.operations.start("register", wanted.task, wanted.version, work)
@@ -259,7 +294,7 @@ class Tasks:
         except BaseException:
             change.close()
             raise
-        making = asyncio.create_task(change)
+        making = asyncio.create_task(self._caught_up(change))
         making.add_done_callback(lambda _: self._changes.release())
         try:
             return await asyncio.shield(making)
@@ -267,9 +302,33 @@ class Tasks:
             await asyncio.wait([making])
             raise
 
+    async def _caught_up(self, change: Coroutine[Any, Any, T]) -> T:
+        """Make a change by one who knows the changes that others have made."""
+        try:
+            await self._reconciler.catch_up()
+        except BaseException:
+            change.close()
+            raise
+        return await change
+
     async def _apply(self, change: Callable[[], Desired]) -> Snapshot:
         """Let the registry change, then serve by it."""
-        self._residency.publish(await asyncio.to_thread(change))
+        return await self._serve(await asyncio.to_thread(change))
+
+    async def _serve(self, desired: Desired, *admitted: Resident) -> Snapshot:
+        """Serve by what a change has come to, which others may have changed as well.
+
+        Raises:
+            UnavailableError: the change is made, and something of theirs cannot be had now.
+        """
+        try:
+            await self._reconciler.follow(desired, *admitted)
+        except (StorageError, UnavailableError) as error:
+            raise UnavailableError(
+                f"it is generation {desired.generation}, which this server cannot serve yet: "
+                f"{error}",
+                code="behind",
+            ) from error
         return self.live.snapshot
 
     async def _take_in(self, wanted: Wanted, upload: Upload, bundle: Bundle) -> Registered:
@@ -305,11 +364,19 @@ class Tasks:
                 raise
         except BaseException:
             if new:
-                await self._remove(record.digest)
+                await self._reconciler.remove(record.digest)
             raise
         self._on_step("committed")
-        self._residency.publish(desired, resident)
+        await self._serve(desired, resident)
+        await self._confirm(record.digest)
         self._on_step("published")
+
+    async def _confirm(self, digest: str) -> None:
+        """See that the other replicas can have what the registry names by now."""
+        try:
+            await asyncio.to_thread(self._store.confirm, digest)
+        except (StorageError, UnavailableError) as error:
+            log.warning("whether the shared store has %s is not known: %s", digest, error)
 
     def _committed(self, record: VersionRecord, wanted: Wanted, *, new: bool) -> Desired:
         task, version, if_match = record.task, record.version, wanted.if_match
@@ -343,24 +410,12 @@ class Tasks:
         if if_match is not None:
             if_match.check(key[0], desired.changed.get(key[0]))
         async with self._residency.holding(key, again=True):
-            return await self._apply(change)
+            desired = await asyncio.to_thread(change)
+        return await self._serve(desired)  # holds it from here on, if it is still wanted
 
-    async def _drop(self, change: Callable[[], Desired]) -> Snapshot:
-        """Serve no more what the registry has no more."""
-        before = self.live.snapshot.desired
-        after = await self._apply(change)
-        for task in before.tasks.keys() - after.desired.tasks.keys():
-            self._signals.forget(task)
-        for key in before.records.keys() - after.desired.records.keys():
-            await self._remove(before.records[key].digest)
-        return after
 
-    async def _remove(self, digest: str) -> None:
-        """Forget bytes that no record names; what cannot be removed now goes at the next start."""
-        try:
-            await asyncio.to_thread(self._store.remove, digest)
-        except StorageError as error:
-            log.warning("a bundle that is not needed any more stays: %s", error)
+async def _nothing() -> None:
+    """A change of nothing, for the sake of what goes before every change."""
 
 
 def _check_names(bundle: Bundle, wanted: Wanted) -> None:

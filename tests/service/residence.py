@@ -55,6 +55,11 @@ class Residence:
         self.residency.publish(self.desired, resident)
         return key
 
+    async def restore(self, desired: Desired) -> None:
+        """Begin with a state, as a server does."""
+        await self.residency.follow(desired)
+        await self.residency.fill()
+
     def keep(self, bundle: Bundle, data: bytes) -> Path:
         """Put a bundle's file into the store."""
         path = self.store.path(bundle.digest)

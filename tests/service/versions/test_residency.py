@@ -430,7 +430,7 @@ def test_at_the_start_protected_versions_come_first_and_others_while_there_is_ro
         for one in made.values():
             here.keep(*one)
         versions = tuple(record_of(one) for one in made.values())
-        await here.residency.restore(Desired(3, versions=versions, aliases={"c": {LIVE: "1"}}))
+        await here.restore(Desired(3, versions=versions, aliases={"c": {LIVE: "1"}}))
         assert here.on_device == {"a@1", "c@1"}
         assert not here.residency.live.snapshot.failed
         assert {here.tier(key) for key in (B, ("d", "1"))} == {"disk"}
@@ -445,7 +445,7 @@ def test_at_the_start_a_version_without_room_does_not_keep_a_smaller_one_out(
         for one in made.values():
             here.keep(*one)
         versions = tuple(record_of(one) for one in made.values())
-        await here.residency.restore(Desired(1, versions=versions))
+        await here.restore(Desired(1, versions=versions))
         assert here.on_device == {"a@1", "d@1"}  # of the same experts
         assert not here.residency.live.snapshot.failed
 
@@ -460,7 +460,7 @@ def test_a_protected_version_without_room_at_the_start_is_told_as_failed(
             here.keep(*made[key])
         versions = tuple(record_of(made[key]) for key in (A, B, C))
         live = {key[0]: {LIVE: key[1]} for key in (A, B, C)}
-        await here.residency.restore(Desired(1, versions=versions, aliases=live))
+        await here.restore(Desired(1, versions=versions, aliases=live))
         assert here.residency.live.snapshot.failed == {C: "all 2 paths are taken"}
 
     play(story)
