@@ -14,12 +14,11 @@ from service.errors import NotFoundError, RegistryError, StorageError
 from service.versions.blobs import Blobs
 from service.versions.document import State
 
-__all__ = ["KEPT", "Backup"]
+__all__ = ["FOLDER", "KEPT", "Backup", "is_copy"]
 
 log = logging.getLogger(__name__)
 FOLDER = "registry"
-KEPT = 20  # the newest at least; between two cleanings there are some more
-_CLEAN_EVERY = 10  # generations
+KEPT = 20  # the newest; a few more where cleaning failed
 _NAME = re.compile(rf"{FOLDER}/\d{{20}}-[0-9a-f]+\.json")
 
 
@@ -35,13 +34,22 @@ class Backup:
         """Whose bundles a state names that is kept here."""
         return self._blobs.id
 
-    def keep(self, state: State) -> None:
-        """Write a state's copy; durable when this returns."""
-        self._blobs.put(_name(state), state.to_json().encode())
+    def keep(self, state: State) -> bool:
+        """Write a state's copy; durable when this returns.
+
+        False, and nothing is written, where another state of that generation or a later one has a
+        copy: two were made from one, so that one of them was made by who was not up to date.
+        """
+        names, name = self._names(), _name(state)
+        if any(other >= _first(state) and other != name for other in names):
+            return False
+        if name not in names:
+            self._blobs.put(name, state.to_json().encode())
         self.generation = state.generation
-        if state.generation % _CLEAN_EVERY == 0:
-            with suppress(StorageError):  # the state is kept; the next cleaning has more to do
-                self._clean()
+        with suppress(StorageError):  # the state is kept; the next cleaning has more to do
+            for old in names[: 1 - KEPT]:
+                self._blobs.delete(old)
+        return True
 
     def newest(self) -> State | None:
         """The copy of the highest generation that can be read; None if there is none.
@@ -65,14 +73,20 @@ class Backup:
             log.error("the copy %s of the registry is damaged", name)
             return None
 
-    def _clean(self) -> None:
-        for name in self._names()[:-KEPT]:
-            self._blobs.delete(name)
-
     def _names(self) -> list[str]:
         """Copies, the oldest first; other files are none of ours."""
-        return [name for name in self._blobs.names(f"{FOLDER}/") if _NAME.fullmatch(name)]
+        return [name for name in self._blobs.names(f"{FOLDER}/") if is_copy(name)]
+
+
+def _first(state: State) -> str:
+    """What the names of its generation begin with: those of later ones are greater."""
+    return f"{FOLDER}/{state.generation:020}-"
+
+
+def is_copy(name: str) -> bool:
+    """Whether a file of that name is one of ours."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _name(state: State) -> str:
-    return f"{FOLDER}/{state.generation:020}-{state.id}.json"
+    return f"{_first(state)}{state.id}.json"

@@ -21,6 +21,7 @@ from redis.exceptions import (
     AuthorizationError,
     InvalidResponse,
     NoPermissionError,
+    OutOfMemoryError,
     RedisClusterException,
     RedisError,
     ResponseError,
@@ -179,7 +180,9 @@ def _of_response(error: ResponseError) -> UnavailableError:
         return _refused(said.rstrip("."))
     if "unknown command" in said.lower():
         return _refused("what answers there lacks a command that every Redis has")
-    return _unavailable(f"it says {said.partition(' ')[0]}")
+    if isinstance(error, OutOfMemoryError):
+        return _unavailable("it has no memory left")
+    return _unavailable(f"it says {said[:100]}")
 
 
 def _refused(why: str) -> RegistryError:

@@ -153,8 +153,7 @@ class RedisRegistry(Registry):
         """Have a state that is confirmed and kept, and remember it."""
         for _ in range(_TURNS):
             self._check(seen.state)
-            if seen.state is not None and seen.is_trusted:
-                self._keep(seen, seen.state)
+            if seen.state is not None and seen.is_trusted and self._keep(seen, seen.state):
                 self._remember(seen.state)
                 return seen, seen.state
             seen = self._recover(seen)
@@ -179,14 +178,20 @@ class RedisRegistry(Registry):
             log.warning("the registry was recovered at generation %d", chosen.generation)
         return seen
 
-    def _keep(self, seen: _Seen, state: State) -> None:
-        """See that the store has a copy before anybody is told of this state."""
+    def _keep(self, seen: _Seen, state: State) -> bool:
+        """See that the store has a copy before anybody is told of this state.
+
+        False if it has one of another state that came after the same: somebody put an old one into
+        Redis, or two Redis are written to.
+        """
         if seen.kept != state.id:
-            self._backup.keep(state)
+            if not self._backup.keep(state):
+                return False
             self._on_step("backed-up")
-            with suppress(UnavailableError), redis_errors():  # others write a copy more, then
+            with suppress(UnavailableError), redis_errors():  # others look into the store, then
                 self._client.hset(self._key, "kept", state.id)
         self._backup.generation = state.generation
+        return True
 
     def _check(self, state: State | None, *, adopted: bool = False) -> None:
         """Refuse a state that is not of this cluster; a copy is of the store that it lies in."""
