@@ -1,4 +1,4 @@
-"""What people type: `medley serve | classify | route | task | doctor`, and `bench serve`.
+"""What people type: `medley serve | classify | route | task | store | doctor`, and `bench serve`.
 
 Heavy imports wait until a command runs.
 """
@@ -11,6 +11,7 @@ from service.bench.command import bench_commands
 from service.commands.ask import classify, route
 from service.commands.doctor import doctor
 from service.commands.serve import serve
+from service.commands.store import store_commands
 from service.commands.task import task_commands
 
 __all__ = ["commands"]
@@ -19,4 +20,5 @@ commands = typer.Typer(no_args_is_help=True)
 for command in (serve, classify, route, doctor):
     commands.command()(command)
 commands.add_typer(task_commands, name="task")
+commands.add_typer(store_commands, name="store")
 commands.add_typer(bench_commands, name="bench")

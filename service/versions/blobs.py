@@ -91,9 +91,8 @@ class Blobs:
         return True
 
     def names(self, prefix: str) -> list[str]:
-        """The names that begin with `prefix`, which is `folder/` or longer, in order."""
+        """The names that begin with `prefix`, in order: `folder/` or longer, or "" for the top."""
         folder, _, _ = prefix.rpartition("/")
-        assert folder, prefix
 
         def work() -> list[str]:
             return self._of(folder, lambda: self._place.names(folder))

@@ -41,7 +41,7 @@ class Place(Protocol):
         """All bytes of one name."""
 
     def names(self, folder: str) -> list[str]:
-        """All names in a folder, `folder/file` each, in no order."""
+        """All names in a folder, `folder/file` each, in no order; "" is the top."""
 
     def size(self, name: str) -> int:
         """How many bytes are there."""
@@ -108,7 +108,7 @@ class Folder:
 
     def names(self, folder: str) -> list[str]:
         """List what is in a folder, whoever put it there."""
-        return [f"{folder}/{path.name}" for path in (self._root / folder).iterdir()]
+        return [_in(folder, path.name) for path in (self._root / folder).iterdir()]
 
     def size(self, name: str) -> int:
         """Ask the file system."""
@@ -164,9 +164,9 @@ class Objects:
 
     def names(self, folder: str) -> list[str]:
         """List what has this prefix."""
-        found = self._files.ls(self._at(folder), detail=True)
+        found = self._files.ls(self._at(folder).rstrip("/"), detail=True)
         files = (one["name"] for one in found if one["type"] == "file")
-        return [f"{folder}/{path.rpartition('/')[2]}" for path in files]
+        return [_in(folder, path.rpartition("/")[2]) for path in files]
 
     def size(self, name: str) -> int:
         """Ask the store."""
@@ -178,6 +178,10 @@ class Objects:
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _flush(file: IO[bytes]) -> None:
