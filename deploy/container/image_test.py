@@ -3,14 +3,14 @@
 Debian's buildah builds; debootstrap makes the base that stands in for the registry's, so nothing is
 pulled. The server runs from the image's file system as the image says (its user, its environment,
 its command) with a root that cannot be written to, and must answer as a server of this checkout
-does. Needs root; everything is kept in one folder and removed.
+does; the trainer's learns a few steps (`--target trainer`). Needs root; everything is in one folder
+that is removed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from deploy.container.buildah import Buildah, make_base
 from service.client import Client
 from service.wire.schemas import ClassifyOptions, Prediction
 
 ROOT = Path(__file__).parents[2]
-BASE = "localhost/medley-base:bookworm"
-IMAGE = "localhost/medley:image-test"
-PACKAGES = "ca-certificates,python3,python3-venv"
-START_S, STOP_S = 180.0, 40.0
-PICTURE = ROOT / "demo" / "fashion" / "test"
+START_S, STOP_S = 600.0, 60.0  # on a machine that does other things too
+PICTURES = ROOT / "demo" / "fashion"
 LABELS = ["coat", "bag", "sandal", "shirt"]
 MEDLEY = Path(sys.executable).parent / "medley"
 console = Console(width=100)
@@ -50,84 +47,20 @@ def main() -> None:
             sys.exit(f"image-test needs {tool}: apt-get install buildah debootstrap")
     if os.geteuid() != 0:
         sys.exit("image-test must run as root: it makes a base image and mounts it")
-    with _folder(arguments.work, keep=arguments.keep) as work:
-        images = Buildah(work)
+    with _images(arguments.work, keep=arguments.keep) as images:
         rows: dict[str, str] = {}
         with _timed(rows, "base image"):
             make_base(images)
         with _timed(rows, "build"):
-            images.build(arguments.target, flags=shlex.split(arguments.build_flags))
+            images.build(ROOT, arguments.target, flags=shlex.split(arguments.build_flags))
         look_at(images.config())
         with images.mounted() as root:
             rows["size"] = f"{_bytes(root) / 1e9:.2f} GB, of which torch and CUDA {_torch(root)}"
             if arguments.target == "service":
-                serve_and_ask(images, root, work, rows)
+                serve_and_ask(images, root, rows)
             else:
-                console.print(images.run("medley", "train", "--help").splitlines()[1])
+                learn(images, rows)
         show(rows)
-
-
-@dataclass(frozen=True)
-class Buildah:
-    """Debian's buildah with a storage of its own; chroot and plain copies need no privileges."""
-
-    work: Path
-
-    def __call__(self, *words: str, stdout: int | None = subprocess.PIPE) -> str:
-        """Run one command; what it prints."""
-        roots = ("--root", str(self.work / "storage"), "--runroot", str(self.work / "run"))
-        environment = os.environ | {
-            "BUILDAH_ISOLATION": "chroot",
-            "STORAGE_DRIVER": "vfs",
-            "TMPDIR": str(self.work / "tmp"),
-        }
-        done = subprocess.run(
-            ["buildah", *roots, *words], env=environment, stdout=stdout, text=True, check=False
-        )
-        if done.returncode != 0:
-            sys.exit(f"buildah {words[0]} failed with status {done.returncode}")
-        return (done.stdout or "").strip()
-
-    def build(self, target: str, *, flags: list[str]) -> None:
-        """Build a target for a CPU on top of the base; one layer, as each would be a copy."""
-        self(
-            *("bud", "--format", "docker", "--pull-never", "--layers=false"),
-            *("--build-arg", f"PYTHON_IMAGE={BASE}", "--build-arg", "DEVICE=cpu"),
-            *("--target", target, "--tag", IMAGE, *flags, str(ROOT)),
-            stdout=None,
-        )
-
-    def config(self) -> dict[str, Any]:
-        """What the image says about how it is to be run."""
-        config: dict[str, Any] = json.loads(self("inspect", "--type", "image", IMAGE))["Docker"]
-        return dict(config["config"])
-
-    @contextlib.contextmanager
-    def mounted(self) -> Iterator[Path]:
-        """Give the image's files, in a container that is removed afterwards."""
-        self("from", "--pull-never", "--name", "image-test", IMAGE)
-        try:
-            yield Path(self("mount", "image-test"))
-        finally:
-            self("rm", "image-test")
-
-    def run(self, *words: str) -> str:
-        """Run a command in that container, as the image's user."""
-        return self("run", "image-test", "--", *words)
-
-
-def make_base(images: Buildah) -> None:
-    """Make a small Debian with Python, under a local name."""
-    container = images("from", "scratch")
-    root = images("mount", container)
-    log = images.work / "debootstrap.log"
-    with log.open("w") as out:
-        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root]
-        done = subprocess.run(command, stdout=out, stderr=out, check=False)
-    if done.returncode != 0:
-        sys.exit(f"debootstrap failed: {log.read_text()[-500:]}")
-    shutil.rmtree(Path(root) / "var/cache/apt/archives")
-    images("commit", "--rm", container, BASE)
 
 
 def look_at(config: Mapping[str, Any]) -> None:
@@ -138,22 +71,23 @@ def look_at(config: Mapping[str, Any]) -> None:
     insist(not any("KEY" in word or "PASSWORD" in word for word in config["Env"]), "has no secrets")
 
 
-def serve_and_ask(images: Buildah, root: Path, work: Path, rows: dict[str, str]) -> None:
+def serve_and_ask(images: Buildah, root: Path, rows: dict[str, str]) -> None:
     """Start it with a read-only root, ask it, ask its health check, stop it."""
     port = _free_port()
     url, health = f"http://127.0.0.1:{port}", images.config()["Healthcheck"]["Test"][1:]
     with _timed(rows, "start until ready"):
-        server = start(images.config(), root, work / "volume", port=port)
+        server = start(images.config(), root, images.work / "volume", port=port)
         wait_until_ready(url, server)
     try:
         rows["resident memory"] = f"{_resident_bytes(server.pid) / 1e6:.0f} MB"
-        picture = min(path for path in PICTURE.rglob("*") if path.is_file())
+        picture = min(path for path in (PICTURES / "test").rglob("*") if path.is_file())
         here = ask_this_checkout(picture)
         there, took_s = ask(url, picture)
         rows["answer"] = f"{there.label} {there.probability:.4f} in {took_s * 1000:.0f} ms"
         insist(there == here, "answers as this checkout does")
         insist(healthy(images, health, port), "its health check says that it is well")
-        insist(not can_write(server.pid, root), "cannot write to its root")
+        insist(can_write(server.pid, volume_of(images, root)), "can write to its volume")
+        insist(not can_write(server.pid, root / "opt"), "cannot write to its root")
         begin_s = time.monotonic()
         server.terminate()
         insist(server.wait(timeout=STOP_S) == 0, "stops with status 0")
@@ -237,15 +171,38 @@ def ask_this_checkout(picture: Path) -> Prediction:
 def healthy(images: Buildah, command: list[str], port: int) -> bool:
     """Whether the image's own health check is content, run in a container of it."""
     words = ["sh", "-c", '"$@" && echo well || echo ill', "sh", *command]
-    return images("run", "--env", f"MEDLEY_PORT={port}", "image-test", "--", *words) == "well"
+    return images.run(*words, flags=("--env", f"MEDLEY_PORT={port}")) == "well"
 
 
-def can_write(pid: int, root: Path) -> bool:
-    """Whether even root may write where the server runs."""
+def can_write(pid: int, folder: Path) -> bool:
+    """Whether root may write to a folder as the server's process sees it."""
     enter = ["nsenter", "--mount", "--target", str(pid), "--"]
-    return (
-        subprocess.run([*enter, "touch", f"{root}/opt/x"], check=False, capture_output=True)
-    ).returncode == 0
+    touched = subprocess.run(
+        [*enter, "touch", str(folder / "written")], check=False, capture_output=True
+    )
+    return touched.returncode == 0
+
+
+def volume_of(images: Buildah, root: Path) -> Path:
+    """Where the image's one volume is mounted."""
+    (volume,) = images.config()["Volumes"]
+    return root / str(volume).lstrip("/")
+
+
+def learn(images: Buildah, rows: dict[str, str]) -> None:
+    """Learn a few steps of a task, in one process and under torchrun in two."""
+    out = images.work / "out"
+    out.mkdir()
+    out.chmod(0o777)  # the image's user writes there
+    flags = ("--volume", f"{PICTURES}:/data:ro", "--volume", f"{out}:/out")
+    few = ("--task", "fashion", "--shots", "4", "--iterations", "4", "--ddas-iterations", "20")
+    with _timed(rows, "learn, one process"):
+        images.run("medley", "train", "/data", *few, "--out", "/out/one", flags=flags)
+    with _timed(rows, "learn, two processes"):
+        two = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "medley", "train")
+        images.run(*two, "/data", *few, "--out", "/out/two", flags=flags)
+    for run in ("one", "two"):
+        insist(bool(list((out / run).glob("*.safetensors"))), f"a bundle of run {run}")
 
 
 def insist(true: bool, promise: str) -> None:
@@ -273,16 +230,17 @@ def _arguments() -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def _folder(parent: Path, *, keep: bool) -> Iterator[Path]:
-    work = Path(tempfile.mkdtemp(prefix="medley-image-", dir=parent))
-    (work / "tmp").mkdir()
+def _images(parent: Path, *, keep: bool) -> Iterator[Buildah]:
+    images = Buildah(Path(tempfile.mkdtemp(prefix="medley-image-", dir=parent)))
+    (images.work / "tmp").mkdir()
     try:
-        yield work
+        yield images
     finally:
+        images("rm", "--all")  # also what a failed build has left mounted
         if keep:
-            console.print(f"kept: {work}")
+            console.print(f"kept: {images.work}")
         else:
-            shutil.rmtree(work)
+            shutil.rmtree(images.work)
 
 
 @contextlib.contextmanager
