@@ -132,7 +132,8 @@ class Gate:
             raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
         scope["operation"] = f"{method} {known[0]}"  # to count what is refused here
         # Two patterns may fit one path: whichever the router takes, the stricter rule holds.
-        may(max(self._rules[path][method] for path in known), Headers(scope=scope), self._settings)
+        level = scope["level"] = max(self._rules[path][method] for path in known)
+        may(level, Headers(scope=scope), self._settings)
         names = {name for path in known for name in self._query.get((method, path), ())}
         _check_query(QueryParams(scope["query_string"]), names)
 

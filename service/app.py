@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from medley.backbone import Backbone
 from service import problems
 from service.access import Gate
+from service.generations import MinGeneration
 from service.lifecycle import Lifecycle
 from service.middleware import RequestContext
 from service.routes import (
@@ -92,6 +93,12 @@ def create_app(
         service: Service | None = app.state.service
         return service.tasks.live.snapshot.desired.generation if service else 0
 
+    async def reached(generation: int) -> bool:
+        service: Service | None = app.state.service
+        if service is None:  # the route says that it is starting
+            return True
+        return await service.follower.reached(generation, settings.generation_wait_s)
+
     metrics, lifecycle = Metrics(task_series=settings.task_series), Lifecycle()
     spans = tracing or make_tracing(settings.tracing)
     app = FastAPI(
@@ -119,6 +126,7 @@ def create_app(
         probes,
     ):
         app.include_router(module.routes)
+    app.add_middleware(MinGeneration, reached=reached)
     app.add_middleware(Gate, settings=settings, openapi=lambda: app.openapi())
     app.add_middleware(
         RequestContext,

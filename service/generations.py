@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medley.errors import MedleyError
+from service.access import Level
 from service.errors import RequestError, UnavailableError
 from service.problems import answer
 from service.wire.headers import MIN_GENERATION_HEADER
@@ -25,7 +26,7 @@ _NUMBER = re.compile(r"[0-9]{1,15}", re.ASCII)
 
 
 class MinGeneration:
-    """ASGI middleware, inside of the gate: nobody without a key waits.
+    """ASGI middleware, inside of the gate: nobody without a key waits, and no probe.
 
     Args:
         app: what is behind it.
@@ -38,7 +39,7 @@ class MinGeneration:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass once its generation is served."""
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["level"] is not Level.OPEN:
             try:
                 await self._wait(Headers(scope=scope).get(MIN_GENERATION_HEADER))
             except MedleyError as error:

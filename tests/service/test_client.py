@@ -285,6 +285,25 @@ class TestOfRepetition:
         assert len(server.asked) == 6
         assert server.headers[-1]["if-match"] == '"3"'
 
+    def test_whoever_answers_has_to_know_of_the_changes_made_here_before(
+        self, open_client: Open
+    ) -> None:
+        with scripted(OK, Answer(204, headers={"X-Registry-Generation": "41"}), OK) as server:
+            client = open_client(server.url)
+            client.tasks()
+            client.delete("a")
+            client.tasks()
+        assert [h.get("x-min-generation") for h in server.headers] == [None, None, "41"]
+
+    def test_servers_that_share_nothing_are_asked_for_no_generation(
+        self, open_client: Open
+    ) -> None:
+        with scripted(Answer(204, headers={"X-Registry-Generation": "41"}), OK) as server:
+            client = open_client(server.url, own_changes=False)
+            client.delete("a")
+            client.tasks()
+        assert "x-min-generation" not in server.headers[-1]
+
     def test_a_server_that_is_not_there_yet_is_waited_for_also_with_an_upload(
         self, open_client: Open, bundle: Path
     ) -> None:
