@@ -8,16 +8,23 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import redis
 
-__all__ = ["RedisServer", "free_port", "redis_sentinel", "redis_server"]
+__all__ = [
+    "RedisServer",
+    "find_program",
+    "free_port",
+    "redis_sentinel",
+    "redis_server",
+    "wait_until",
+]
 
-START_S = 20.0
+SOON_S = 20.0
 
 
 class RedisServer:
@@ -47,14 +54,11 @@ class RedisServer:
     def start(self) -> None:
         """Start it, with the data of its folder; returns when it answers."""
         assert self.process is None
-        command = [_binary(self.program), *self._settings(), *self.options]
+        command = [find_program(self.program), *self._settings(), *self.options]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
-        limit_s = time.monotonic() + START_S
-        while not self._answers():
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            assert time.monotonic() < limit_s, f"{self.program} does not answer"
-            time.sleep(0.02)
+        wait_until(self._answers_or_died)
+        assert self.process.poll() is None, (self.folder / "log").read_text()
 
     def kill(self) -> None:
         """End it at once, as kill -9 does."""
@@ -96,6 +100,10 @@ class RedisServer:
                 port += [option, str(self.tls / f"{name}.pem")]
         return [*port, "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
 
+    def _answers_or_died(self) -> bool:
+        assert self.process is not None
+        return self.process.poll() is not None or self._answers()
+
     def _answers(self) -> bool:
         try:
             with self.client(socket_timeout=1) as client:
@@ -135,6 +143,14 @@ def redis_sentinel(folder: Path, master: RedisServer, *, service: str) -> Iterat
         _end(server)
 
 
+def wait_until(so: Callable[[], object], *, within_s: float = SOON_S) -> None:
+    """Look until something is so; fails if it does not come to be."""
+    limit_s = time.monotonic() + within_s
+    while not so():
+        assert time.monotonic() < limit_s, "it did not come to be"
+        time.sleep(0.01)
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as found:
@@ -142,8 +158,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _binary(program: str) -> str:
-    """Where a program is; skips the test if it is not, where that is not a failure."""
+def find_program(program: str) -> str:
+    """Where a program is; without it the test is skipped, or fails where CI=true."""
     path = shutil.which(program)
     if path is None:
         said = f"no {program}: install the package {program}"

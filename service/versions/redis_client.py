@@ -27,7 +27,7 @@ from redis.exceptions import (
     ResponseError,
 )
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from service.errors import RegistryError, UnavailableError
 
@@ -97,6 +97,8 @@ def redis_errors() -> Iterator[None]:
         raise _of_response(error) from error
     except redis.TimeoutError as error:
         raise _unavailable("it did not answer in time") from error
+    except MasterNotFoundError as error:
+        raise _unavailable("no sentinel tells of a master now") from error
     except (RedisError, RedisClusterException, OSError) as error:
         raise _unavailable("it cannot be reached") from error
 
@@ -107,6 +109,8 @@ class _AddressError(ValueError):
 
 def _single(url: str, options: dict[str, Any]) -> Client:
     parts = urlsplit(url)
+    if parts.fragment:
+        raise ValueError(url)
     if parts.scheme != "unix":
         if not parts.hostname:
             raise _AddressError("its address names no host")

@@ -25,7 +25,7 @@ from service.versions.blobs import ID_FILE
 from service.versions.desired import Desired, IfMatch
 from service.versions.document import State
 from service.versions.redis_registry import RedisRegistry
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, wait_until
 from tests.redis_server import redis_server as running_redis
 from tests.service.shared import Cluster
 from tests.service.stories import record
@@ -241,27 +241,18 @@ def test_a_master_that_was_demoted_with_less_is_not_believed(lone: Cluster, tmp_
     register(maker, "a")
     with running_redis(tmp_path / "second", *AT_ONCE) as second, second.client() as there:
         there.replicaof("127.0.0.1", str(lone.server.port))
-        _wait_until(lambda: there.info("replication").get("master_sync_in_progress") == 0)
-        _wait_until(lambda: there.info("replication")["master_link_status"] == "up")
+        wait_until(lambda: there.info("replication").get("master_sync_in_progress") == 0)
+        wait_until(lambda: there.info("replication")["master_link_status"] == "up")
         there.replicaof("NO", "ONE")
         before = register(maker, "b")
         lone.redis.replicaof("127.0.0.1", str(second.port))
-        _wait_until(lambda: lone.redis.info("replication")["master_link_status"] == "up")
+        wait_until(lambda: lone.redis.info("replication")["master_link_status"] == "up")
         lone.redis.replicaof("NO", "ONE")
 
         found = lone.replica().read()
 
     assert set(found.tasks) == {"a", "b"}
     assert found.generation == before.generation + 1
-
-
-def _wait_until(so: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(1000):
-        if so():
-            return
-        pause.wait(0.01)
-    pytest.fail("it did not come to be")
 
 
 class Killed(BaseException):
