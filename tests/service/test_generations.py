@@ -56,7 +56,7 @@ def test_a_waiting_request_goes_on_once_its_generation_is_served(
 
 @pytest.mark.parametrize("value", ["", "-1", "soon", "1.5", "1" * 16, "\u0661"])
 def test_what_is_no_generation_is_refused(http: httpx.Client, value: str) -> None:
-    answer = http.get("/v1/tasks", headers={HEADER: value.encode()})
+    answer = http.get("/v1/tasks", headers={HEADER.encode(): value.encode()})
 
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["where"] == f"header.{HEADER}"
