@@ -1,0 +1,17 @@
+"""The Ray Serve application with the tiny backbone instead of the one that settings name."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from service import ray_app
+
+
+def make_app() -> FastAPI:
+    from service.app import create_app
+    from tests.models import tiny_backbone
+
+    return create_app(ray_app.replica_settings(), backbone=tiny_backbone())
+
+
+app = ray_app.application(make_app)
