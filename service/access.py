@@ -61,6 +61,7 @@ RULES: Rules = {
     "/v1/tasks/{task}/rollout": {"GET": READ, "PUT": CHANGE, "DELETE": CHANGE},
     "/v1/tasks/{task}/rollout:promote": {"POST": CHANGE},
     "/v1/tasks/{task}/usage": {"GET": READ},
+    "/v1/replicas": {"GET": READ},
     "/v1/operations": {"GET": READ},
     "/v1/operations/{operation}": {"GET": READ},
     "/v1/unclaimed": {"GET": CHANGE, "DELETE": CHANGE},  # users' images: not for every reader

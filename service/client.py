@@ -23,6 +23,7 @@ from service.address import authorization, server_url
 from service.exchanges import AwaitedUpload, Exchange, OnProgress
 from service.wire.headers import GENERATION_HEADER, MIN_GENERATION_HEADER
 from service.wire.openai_schemas import EmbeddingsAnswer
+from service.wire.replica_schemas import ReplicasAnswer
 from service.wire.rollout_schemas import Rollout, RolloutAnswer
 from service.wire.route_schemas import RouteResponse
 from service.wire.schemas import ClassifyOptions, ClassifyResponse
@@ -263,6 +264,10 @@ class Client(_Calls):
         """What became of work that outlasted its request."""
         return self.send(exchanges.operation(id))
 
+    def replicas(self) -> ReplicasAnswer:
+        """All replicas that were heard of lately, and what each has."""
+        return self.send(exchanges.replicas())
+
     def operations(self) -> OperationsAnswer:
         """All that the server remembers, latest first."""
         return self.send(exchanges.operations())
@@ -424,6 +429,10 @@ class AsyncClient(_Calls):
     async def operation(self, id: str) -> OperationAnswer:
         """What became of work that outlasted its request."""
         return await self.send(exchanges.operation(id))
+
+    async def replicas(self) -> ReplicasAnswer:
+        """All replicas that were heard of lately, and what each has."""
+        return await self.send(exchanges.replicas())
 
     async def operations(self) -> OperationsAnswer:
         """All that the server remembers, latest first."""

@@ -99,7 +99,8 @@ class NotFoundError(ServiceError):
 class ConflictError(ServiceError):
     """The registry says otherwise.
 
-    Codes: version_exists, version_live, version_in_use, alias_conflict, no_earlier_version.
+    Codes: version_exists, version_live, version_in_use, alias_conflict, no_earlier_version,
+    too_few_replicas.
     """
 
     code = "conflict"
@@ -154,7 +155,8 @@ class DeadlineError(ServiceError):
 class UnavailableError(ServiceError):
     """Not able to answer now.
 
-    Codes: starting, not_ready, draining, engine_dead, version_failed, registry_unavailable, behind.
+    Codes: starting, not_ready, draining, engine_dead, version_failed, registry_unavailable, behind,
+    replica_gone.
     """
 
     code = "not_ready"

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from service.wire.openai_schemas import EmbeddingsAnswer
+from service.wire.replica_schemas import ReplicasAnswer
 from service.wire.rollout_schemas import Rollout, RolloutAnswer
 from service.wire.route_schemas import RouteResponse
 from service.wire.schemas import ClassifyOptions, ClassifyResponse
@@ -43,6 +44,7 @@ __all__ = [
     "promote",
     "register",
     "register_from",
+    "replicas",
     "rollback",
     "rollout",
     "route",
@@ -185,6 +187,11 @@ def register_from(
 def operation(id: str) -> Exchange[OperationAnswer]:
     """What became of work that outlasted its request."""
     return Exchange("GET", f"/v1/operations/{quote(id, safe='')}", _model(OperationAnswer))
+
+
+def replicas() -> Exchange[ReplicasAnswer]:
+    """All replicas that were heard of lately."""
+    return Exchange("GET", "/v1/replicas", _model(ReplicasAnswer))
 
 
 def operations() -> Exchange[OperationsAnswer]:

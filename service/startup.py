@@ -39,6 +39,7 @@ from service.versions.heartbeat import Heartbeat
 from service.versions.loading import Loader
 from service.versions.local_registry import LocalRegistry
 from service.versions.overlap import Overlap
+from service.versions.quorum import Quorum
 from service.versions.reconciler import Reconciler
 from service.versions.redis_registry import RedisRegistry
 from service.versions.registry import Registry
@@ -47,6 +48,7 @@ from service.versions.shared import Shared, open_shared
 from service.versions.sources import Sources
 from service.versions.store import BundleStore
 from service.versions.tasks import Tasks
+from service.versions.told import ToldOperations
 
 __all__ = ["OnStep", "Startup"]
 
@@ -124,6 +126,8 @@ class Startup:
             follower=follower,
             board=board,
             heartbeat=heartbeat,
+            quorum=Quorum(board, me=heartbeat.replica),
+            told=self._make_told(tasks, board, heartbeat),
             labels=labels,
             bodies=self._make_bodies(held_bytes),
             inference=inference,
@@ -211,6 +215,16 @@ class Startup:
         heartbeat.retry_s = follower.retry_s
         self._stack.push_async_callback(follower.close)
         return follower
+
+    def _make_told(self, tasks: Tasks, board: Board, heartbeat: Heartbeat) -> ToldOperations:
+        told = ToldOperations(tasks.operations, board, me=heartbeat.id)
+
+        async def end() -> None:
+            await tasks.close()  # what is cut off now is told, too
+            await told.close()
+
+        self._stack.push_async_callback(end)
+        return told
 
     def _start_collector(
         self, shared: Shared | None, registry: Registry, store: BundleStore, board: Board

@@ -22,8 +22,10 @@ from service.signals.signals import Signals
 from service.versions.board import Board
 from service.versions.follower import Follower
 from service.versions.heartbeat import Heartbeat
+from service.versions.quorum import Quorum
 from service.versions.residency import Residency
 from service.versions.tasks import Tasks
+from service.versions.told import ToldOperations
 
 __all__ = ["CurrentService", "Service", "service_of"]
 
@@ -40,6 +42,8 @@ class Service:
     follower: Follower
     board: Board
     heartbeat: Heartbeat
+    quorum: Quorum
+    told: ToldOperations
     labels: LabelCache
     bodies: Bodies
     inference: Inference

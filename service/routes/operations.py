@@ -16,14 +16,14 @@ routes = APIRouter(prefix="/v1/operations", tags=["operations"], responses=PROBL
 
 @routes.get("")
 async def list_operations(service: CurrentService) -> OperationsAnswer:
-    """The operations since the server started, latest first; the last 1,000."""
+    """The operations of this server since it started, latest first; the last 1,000."""
     return OperationsAnswer(operations=[answer_of(one) for one in service.tasks.operations.all()])
 
 
 @routes.get("/{operation}")
 async def get_operation(operation: str, service: CurrentService) -> OperationAnswer:
-    """One operation."""
-    return answer_of(service.tasks.operations.get(operation))
+    """One operation, whichever replica runs it."""
+    return answer_of(await service.told.get(operation))
 
 
 def answer_of(operation: Operation) -> OperationAnswer:

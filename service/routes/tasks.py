@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -16,14 +17,18 @@ from service.routes.operations import answer_of
 from service.settings import Settings
 from service.state import CurrentService, Service
 from service.versions.desired import VersionRecord
-from service.versions.live import Snapshot
+from service.versions.live import Key, Snapshot
 from service.versions.operations import Started
-from service.versions.tasks import Registered, Wanted
+from service.versions.quorum import Reached, read_wanted
+from service.versions.quorum import Wanted as QuorumWanted
+from service.versions.tasks import Registered, Then, Wanted
 from service.wire import etags
 from service.wire.etags import IfMatchHeader
 from service.wire.openapi import PROBLEM_RESPONSES
+from service.wire.replica_schemas import ReachedAnswer
 from service.wire.task_schemas import (
     AliasName,
+    ChangeAnswer,
     OperationAnswer,
     RegistrationAnswer,
     SourceRequest,
@@ -63,6 +68,20 @@ REGISTRATIONS: Responses = {
     },
 }
 UNCHANGED: Responses = {304: {"description": "The client has this already"}}
+NOT_YET: Responses = {
+    202: {
+        "model": ChangeAnswer,
+        "description": "It is made, and fewer replicas have it than were wanted",
+    }
+}
+QUORUM_S = 60.0  # longest wait of an operation for other replicas
+WaitQuery = Annotated[
+    float, Query(ge=0, le=600, description="Seconds to wait for the end; then 202")
+]
+ReplicasQuery = Annotated[
+    str | None,
+    Query(description="How many replicas have to have it: all, majority, or a number"),
+]
 IfNoneMatchHeader = Annotated[str | None, Header(description="ETags that the client has")]
 
 
@@ -96,9 +115,8 @@ async def register(
     request: Request,
     service: CurrentService,
     activate: Annotated[bool, Query(description="Make it live as well")] = True,
-    wait: Annotated[
-        float, Query(ge=0, le=600, description="Seconds to wait for the end; then 202")
-    ] = 30.0,
+    wait: WaitQuery = 30.0,
+    replicas: ReplicasQuery = None,
     if_match: IfMatchHeader = None,
     if_none_match: Annotated[
         str | None, Header(description="*: only if this version is not there, with no digest")
@@ -111,12 +129,15 @@ async def register(
     wanted = Wanted(
         task, version, activate, etags.if_match(if_match), etags.only_new(if_none_match)
     )
-    started = await _start(wanted, request, service)
+    spread = await _quorum(service, replicas)
+    started = await _start(wanted, request, service, spread)
     registered = await started.result(wait)
-    if registered is None:
-        return _accepted(service, started)
+    if registered is None or not (registered.reached is None or registered.reached.enough):
+        return await _accepted(service, started)
     answer = RegistrationAnswer(
-        **_task(registered.snapshot, task).model_dump(), warnings=list(registered.warnings)
+        **_task(registered.snapshot, task).model_dump(),
+        warnings=list(registered.warnings),
+        replicas=_reached(registered.reached),
     )
     status = HTTPStatus.CREATED if registered.created else HTTPStatus.OK
     return _answer(answer, answer.changed, status)
@@ -152,22 +173,30 @@ async def unpin(
     return _changed(snapshot, task)
 
 
-@routes.put("/{task}/aliases/{alias}", openapi_extra=VERSION_BODY, response_model=TaskAnswer)
+@routes.put(
+    "/{task}/aliases/{alias}",
+    openapi_extra=VERSION_BODY,
+    response_model=ChangeAnswer,
+    responses=NOT_YET,
+)
 async def set_alias(
     task: str,
     alias: AliasName,
     request: Request,
     service: CurrentService,
+    wait: WaitQuery = 30.0,
+    replicas: ReplicasQuery = None,
     if_match: IfMatchHeader = None,
 ) -> Response:
     """Let an alias name a registered version; the alias `live` makes it live."""
     if _kind(request) != _JSON:
         raise MediaTypeError(f"send the version as {_JSON}")
     wanted = checked(VersionRequest, await _json(request, service.settings))
+    spread = await _quorum(service, replicas)
     snapshot = await service.tasks.set_alias(
         task, alias, wanted.version, if_match=etags.if_match(if_match)
     )
-    return _changed(snapshot, task)
+    return await _spread(service, snapshot, (task, wanted.version), spread, wait)
 
 
 @routes.delete("/{task}/aliases/{alias}", response_model=TaskAnswer)
@@ -179,11 +208,18 @@ async def delete_alias(
     return _changed(snapshot, task)
 
 
-@routes.post("/{task}:rollback", response_model=TaskAnswer)
-async def rollback(task: str, service: CurrentService, if_match: IfMatchHeader = None) -> Response:
+@routes.post("/{task}:rollback", response_model=ChangeAnswer, responses=NOT_YET)
+async def rollback(
+    task: str,
+    service: CurrentService,
+    wait: WaitQuery = 30.0,
+    replicas: ReplicasQuery = None,
+    if_match: IfMatchHeader = None,
+) -> Response:
     """Make the version live that was live before."""
+    spread = await _quorum(service, replicas)
     snapshot = await service.tasks.rollback(task, if_match=etags.if_match(if_match))
-    return _changed(snapshot, task)
+    return await _spread(service, snapshot, snapshot.key(task), spread, wait)
 
 
 @routes.delete("/{task}", status_code=204)
@@ -192,14 +228,67 @@ async def delete_task(task: str, service: CurrentService, if_match: IfMatchHeade
     await service.tasks.delete_task(task, if_match=etags.if_match(if_match))
 
 
-async def _start(wanted: Wanted, request: Request, service: Service) -> Started[Registered]:
-    kind, settings = _kind(request), service.settings
+async def _quorum(service: Service, replicas: str | None) -> QuorumWanted | None:
+    """What was asked for as `replicas`, before anything changes."""
+    if replicas is None:
+        return None
+    wanted = read_wanted(replicas)
+    await service.quorum.check(wanted)
+    return wanted
+
+
+async def _spread(
+    service: Service, snapshot: Snapshot, key: Key, wanted: QuorumWanted | None, wait_s: float
+) -> Response:
+    """The answer to a change, when enough replicas have it or the time is over."""
+    answer = ChangeAnswer(**_task(snapshot, key[0]).model_dump())
+    if wanted is None:
+        return _answer(answer, answer.changed)
+    generation = snapshot.desired.generation
+    reached = await service.quorum.wait(
+        wanted, "@".join(key), generation=generation, timeout_s=wait_s
+    )
+    answer.replicas = _reached(reached)
+    status = HTTPStatus.OK if reached.enough else HTTPStatus.ACCEPTED
+    return _answer(answer, answer.changed, status)
+
+
+def _then(service: Service, wanted: QuorumWanted | None) -> Then:
+    """What is left of a registration once this replica serves it."""
+
+    async def then(registered: Registered) -> Registered:
+        if wanted is None:
+            return registered
+        record, generation = registered.record, registered.snapshot.desired.generation
+        version = f"{record.task}@{record.version}"
+        reached = await service.quorum.wait(
+            wanted, version, generation=generation, timeout_s=QUORUM_S
+        )
+        warnings = registered.warnings
+        if not reached.enough:
+            warnings += (f"{reached.reached} replicas have it, {reached.wanted} were wanted",)
+        return replace(registered, reached=reached, warnings=warnings)
+
+    return then
+
+
+def _reached(reached: Reached | None) -> ReachedAnswer | None:
+    if reached is None:
+        return None
+    return ReachedAnswer.model_validate(reached, from_attributes=True)
+
+
+async def _start(
+    wanted: Wanted, request: Request, service: Service, spread: QuorumWanted | None
+) -> Started[Registered]:
+    kind, settings, then = _kind(request), service.settings, _then(service, spread)
     if kind == _JSON:
         asked = checked(SourceRequest, await _json(request, settings))
-        return await service.tasks.fetch(wanted, asked.source)
+        return await service.tasks.fetch(wanted, asked.source, then=then)
     if kind not in ("", _BYTES):
         raise MediaTypeError(f"send the bundle as {_BYTES}, or its source as {_JSON}")
-    return await service.tasks.receive(wanted, _body(request, settings.max_bundle_bytes, settings))
+    body = _body(request, settings.max_bundle_bytes, settings)
+    return await service.tasks.receive(wanted, body, then=then)
 
 
 def _kind(request: Request) -> str:
@@ -234,8 +323,8 @@ async def _body(request: Request, max_bytes: int, settings: Settings) -> AsyncIt
         yield chunk
 
 
-def _accepted(service: Service, started: Started[Registered]) -> Response:
-    operation = answer_of(service.tasks.operations.get(started.id))
+async def _accepted(service: Service, started: Started[Registered]) -> Response:
+    operation = answer_of(await service.told.tell(started.id))
     where = {"Location": f"/v1/operations/{started.id}"}
     return JSONResponse(operation.model_dump(mode="json"), HTTPStatus.ACCEPTED, where)
 
@@ -256,7 +345,8 @@ def _answer(
     answer: TaskAnswer | TasksAnswer, generation: int, status: HTTPStatus = HTTPStatus.OK
 ) -> Response:
     headers = {"ETag": etags.etag(generation)}
-    return JSONResponse(answer.model_dump(mode="json"), status, headers)
+    not_asked = {"replicas"} if getattr(answer, "replicas", None) is None else set()
+    return JSONResponse(answer.model_dump(mode="json", exclude=not_asked), status, headers)
 
 
 def _task(snapshot: Snapshot, task: str) -> TaskAnswer:

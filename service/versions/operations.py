@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -30,6 +30,10 @@ class Result(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What people should look at although it succeeded."""
 
+    @property
+    def replicas(self) -> dict[str, Any] | None:
+        """How many replicas have it, if somebody wanted to know."""
+
 
 R = TypeVar("R", bound=Result)
 
@@ -47,6 +51,8 @@ class Operation:
     finished_at: str | None = None
     error: dict[str, Any] | None = None  # a problem
     warnings: tuple[str, ...] = ()
+    replicas: dict[str, Any] | None = None  # a `Reached` of `quorum.py`
+    replica: str = ""  # who runs it, where others are told of it
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Operations:
         self._kept = kept
         self._known: dict[str, Operation] = {}  # oldest first
         self._running: dict[str, asyncio.Task[Any]] = {}
+        self.after_end: list[Callable[[str], None]] = []  # called with the id of each that ended
 
     def start(
         self, kind: Literal["register"], task: str, version: str, work: Coroutine[Any, Any, R]
@@ -114,6 +121,8 @@ class Operations:
     def _finish(self, operation: str, done: asyncio.Task[Any]) -> None:
         del self._running[operation]
         self._known[operation] = _ended(self._known[operation], done)
+        for action in self.after_end:
+            action(operation)
         self._forget()
 
     def _forget(self) -> None:
@@ -131,7 +140,8 @@ def _ended(operation: Operation, done: asyncio.Task[Any]) -> Operation:
     else:
         error = done.exception()
     if error is None:
-        return replace(ended, state="succeeded", warnings=done.result().warnings)
+        result: Result = done.result()
+        return replace(ended, state="succeeded", warnings=result.warnings, replicas=result.replicas)
     if isinstance(error, MedleyError):
         log.warning("%s %s@%s failed: %s", ended.kind, ended.task, ended.version, error)
         return replace(ended, state="failed", error=problem(error))

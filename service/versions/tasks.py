@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from medley.bundle import Bundle
@@ -29,6 +29,7 @@ from service.versions.desired import LIVE, Desired, IfMatch, VersionRecord, now
 from service.versions.live import Key, Live, Resident, Snapshot
 from service.versions.operations import Operations, Started
 from service.versions.overlap import Overlap
+from service.versions.quorum import Reached
 from service.versions.reconciler import Reconciler
 from service.versions.registry import Registry
 from service.versions.residency import Residency
@@ -36,7 +37,7 @@ from service.versions.sources import Sources
 from service.versions.store import BundleStore, Upload
 from service.wire.rollout_schemas import RolloutRecord, candidates, read_record
 
-__all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Wanted"]
+__all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Then", "Wanted"]
 
 log = logging.getLogger(__name__)
 RESERVED_NAMES = frozenset({"auto", "base", ZERO_SHOT_LABEL, NOBODY, OTHER})  # models, metrics
@@ -76,6 +77,19 @@ class Registered:
     created: bool
     snapshot: Snapshot  # what is served since
     warnings: tuple[str, ...] = ()
+    reached: Reached | None = None  # how many replicas have it, if that was asked
+
+    @property
+    def replicas(self) -> dict[str, Any] | None:
+        """The same as plain data."""
+        return None if self.reached is None else asdict(self.reached)
+
+
+Then = Callable[[Registered], Awaitable[Registered]]  # what is left to do before it is done
+
+
+async def _as_it_is(registered: Registered) -> Registered:
+    return registered
 
 
 class Tasks:
@@ -140,10 +154,13 @@ class Tasks:
         """Give up registrations that wait, make whole what has begun, and return then."""
         await self.operations.close()
 
-    async def receive(self, wanted: Wanted, chunks: AsyncIterator[bytes]) -> Started[Registered]:
+    async def receive(
+        self, wanted: Wanted, chunks: AsyncIterator[bytes], *, then: Then = _as_it_is
+    ) -> Started[Registered]:
         """Take the bytes of a bundle in; what follows is an operation that nobody need wait for.
 
-        A version that is there with the same digest is not loaded again. The operation may end with
+        A version that is there with the same digest is not loaded again. `then` is the end of the
+        operation, when all that concerns this server is done. It may end with
             BundleError, CapacityError: it does not fit; nothing has changed.
             RequestError: the bundle is for another task or version.
             ConflictError: that version exists with another digest.
@@ -160,12 +177,14 @@ class Tasks:
                 await asyncio.to_thread(upload.write, chunk)
             await asyncio.to_thread(upload.finish)
             self._on_step("received")
-            return self._start(wanted, self._register(wanted, upload))
+            return self._start(wanted, self._register(wanted, upload), then)
         except BaseException:
             upload.discard()
             raise
 
-    async def fetch(self, wanted: Wanted, source: str) -> Started[Registered]:
+    async def fetch(
+        self, wanted: Wanted, source: str, *, then: Then = _as_it_is
+    ) -> Started[Registered]:
         """Get a bundle from one of the sources; as `receive`, and the fetch is in the operation.
 
         Raises:
@@ -175,7 +194,7 @@ class Tasks:
         """
         self._sources.check(source)
         await self._check(wanted)
-        return self._start(wanted, self._fetch(wanted, source))
+        return self._start(wanted, self._fetch(wanted, source), then)
 
     async def set_alias(
         self, task: str, alias: str, version: str, *, if_match: IfMatch | None = None
@@ -264,8 +283,17 @@ class Tasks:
                 return
         wanted.check(await asyncio.to_thread(self._registry.read, served))
 
-    def _start(self, wanted: Wanted, work: Coroutine[Any, Any, Registered]) -> Started[Registered]:
-        return self.operations.start("register", wanted.task, wanted.version, work)
+    def _start(
+        self, wanted: Wanted, work: Coroutine[Any, Any, Registered], then: Then
+    ) -> Started[Registered]:
+        async def whole() -> Registered:
+            try:
+                registered = await work
+            finally:
+                work.close()
+            return await then(registered)
+
+        return self.operations.start("register", wanted.task, wanted.version, whole())
 
     async def _fetch(self, wanted: Wanted, source: str) -> Registered:
         with self._store.upload(self._max_bundle_bytes) as upload:

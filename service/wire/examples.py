@@ -49,6 +49,28 @@ _TASK = {
     "changed": 3,
     "generation": 3,
 }
+_REPLICA = {
+    "id": "5f0c2f6f7f1d4c0a9d3c1f6a7b8e9d00",
+    "name": "replica-1",
+    "this": True,
+    "phase": "ready",
+    "ready": True,
+    "generation": 7,
+    "version": "0.1.0",
+    "fingerprint": "sha256:" + 64 * "0",
+    "since": _TIME,
+    "versions": {
+        "flowers@1": {
+            "digest": "sha256:" + 64 * "1",
+            "state": "live",
+            "tier": "device",
+            "reason": None,
+            "attempts": 0,
+            "retry_s": None,
+        }
+    },
+    "lacking": [],
+}
 _OPERATION: dict[str, Any] = {
     "id": "1f8a6b0e5d6c4f0fa8d3f1c2b3a49586",
     "kind": "register",
@@ -210,6 +232,7 @@ EXAMPLES: dict[tuple[str, str], Example] = {
     ("GET", "/v1/unclaimed/{image}"): Example(),
     ("DELETE", "/v1/unclaimed/{image}"): Example(status=204),
     ("DELETE", "/v1/unclaimed"): Example(status=204),
+    ("GET", "/v1/replicas"): Example({"generation": 7, "replicas": [_REPLICA]}),
     ("GET", "/v1/operations"): Example({"operations": [_OPERATION]}),
     ("GET", "/v1/operations/{operation}"): Example(_OPERATION),
     ("GET", "/v2"): Example(

@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.wire.replica_schemas import ReachedAnswer
 from service.wire.schemas import Problem
 
 __all__ = [
     "AliasName",
+    "ChangeAnswer",
     "OperationAnswer",
     "OperationsAnswer",
     "RegistrationAnswer",
@@ -50,7 +52,15 @@ class TaskAnswer(BaseModel):
     generation: int
 
 
-class RegistrationAnswer(TaskAnswer):
+class ChangeAnswer(TaskAnswer):
+    """The task after a change."""
+
+    replicas: ReachedAnswer | None = Field(
+        default=None, description="How far it has come, where `replicas` was asked for"
+    )
+
+
+class RegistrationAnswer(ChangeAnswer):
     """The task after a registration, and what the registrar should look at."""
 
     warnings: list[str]
@@ -91,6 +101,9 @@ class OperationAnswer(BaseModel):
     finished_at: str | None = None
     error: Problem | None = Field(default=None, description="Why it failed")
     warnings: list[str] = Field(default=[], description="As a registration's answer has them")
+    replicas: ReachedAnswer | None = Field(
+        default=None, description="How far it has come, where `replicas` was asked for"
+    )
 
 
 class OperationsAnswer(BaseModel):

@@ -78,3 +78,179 @@ def test_what_one_replica_registers_all_answer_with(
         until_at(other, created.json()["generation"])
         (result,) = classify(other, image, model="pets", labels=None).json()["results"]
         assert result["path"]["digest"] == bundle.digest
+
+
+def versions_of(http: httpx.Client) -> dict[str, str]:
+    """What a replica says it is, by task@version."""
+    tasks = http.get("/v1/tasks").json()["tasks"]
+    return {f"{t['task']}@{v['version']}": v["state"] for t in tasks for v in t["versions"]}
+
+
+def test_every_change_of_one_is_followed_by_all(
+    three: list[httpx.Client], make: MakeBundle, image: bytes
+) -> None:
+    put(three[0], make()[1])
+    put(three[1], make(version="2", seed=2)[1], version="2")  # it has caught up before it changes
+    assert three[2].post("/v1/tasks/pets:rollback").json()["live"] == "1"
+    three[0].put("/v1/tasks/pets/aliases/next", json={"version": "2"})
+    for http in three:
+        until_at(http, 4)
+        assert versions_of(http) == {"pets@1": "live", "pets@2": "ready"}
+        (result,) = classify(http, image, model="pets@next", labels=None).json()["results"]
+        assert result["path"]["version"] == "2"
+
+    three[2].delete("/v1/tasks/pets")
+    for http in three:
+        until_at(http, 5)
+        assert classify(http, image, model="pets").json()["code"] == "unknown_task"
+        assert 'task="pets"' not in http.get("/metrics").text
+
+
+def test_a_change_on_one_that_lags_is_made_of_what_is_there_by_now(
+    cluster: Cluster, make: MakeBundle
+) -> None:
+    slow = {"poll_s": 3600.0}
+    with cluster.replica("a", **slow) as a, cluster.replica("b", **slow) as b:
+        tag = put(a, make()[1]).headers["etag"]
+        same = put(b, make()[1])
+        other = put(b, make(seed=5)[1])
+        assert (same.status_code, other.json()["code"]) == (200, "version_exists")
+        url, wanted = "/v1/tasks/pets/aliases/x", {"version": "1"}
+        assert b.put(url, json=wanted, headers={"if-match": tag}).status_code == 200
+        stale = a.put(url, json=wanted, headers={"if-match": tag})
+        assert (stale.status_code, stale.json()["code"]) == (412, "precondition_failed")
+
+
+def test_replicas_say_who_serves_what(three: list[httpx.Client], make: MakeBundle) -> None:
+    bundle, data = make()
+    put(three[0], data, version="1")
+    until(lambda: {r["generation"] for r in listed(three[1])} == {1})
+    found = listed(three[1])
+    assert [(r["name"], r["this"], r["phase"]) for r in found] == [
+        ("r0", False, "ready"),
+        ("r1", True, "ready"),
+        ("r2", False, "ready"),
+    ]
+    for replica in found:
+        assert replica["versions"]["pets@1"]["digest"] == bundle.digest
+        assert replica["versions"]["pets@1"]["state"] == "live"
+        assert replica["lacking"] == []
+    assert len({r["id"] for r in found}) == 3
+    assert three[0].get("/readyz").headers["x-replica"] == "r0"
+
+
+def listed(http: httpx.Client) -> list[dict[str, Any]]:
+    """What a replica knows of all."""
+    replicas: list[dict[str, Any]] = http.get("/v1/replicas").json()["replicas"]
+    return replicas
+
+
+def test_one_that_leaves_is_gone_from_the_board_at_once(cluster: Cluster) -> None:
+    with cluster.replica("stays", replica_ttl_s=60.0) as http:
+        with cluster.replica("leaves", replica_ttl_s=60.0):
+            until(lambda: len(listed(http)) == 2)
+        assert [one["name"] for one in listed(http)] == ["stays"]
+
+
+def test_two_replicas_of_one_name_are_two(cluster: Cluster, make: MakeBundle) -> None:
+    with (
+        cluster.replica("a", replica="twin") as a,
+        cluster.replica("b", replica="twin") as b,
+    ):
+        answer = a.put("/v1/tasks/pets/versions/1?replicas=2", content=make()[1])
+        assert answer.json()["replicas"]["reached"] == 2
+        assert [one["name"] for one in listed(b)] == ["twin", "twin"]
+
+
+@pytest.mark.parametrize("wanted", ["all", "majority", "3"])
+def test_a_change_waits_for_as_many_replicas_as_it_is_told(
+    three: list[httpx.Client], make: MakeBundle, wanted: str
+) -> None:
+    number = 2 if wanted == "majority" else 3
+    created = three[0].put(f"/v1/tasks/pets/versions/1?replicas={wanted}", content=make()[1])
+    assert created.status_code == 201
+    assert created.json()["replicas"]["wanted"] == number
+    assert created.json()["replicas"]["reached"] >= number
+    assert sum(generation(http) >= 1 for http in three) >= number
+
+    three[0].put("/v1/tasks/pets/versions/2", content=make(version="2", seed=2)[1])
+    rolled = three[1].post(f"/v1/tasks/pets:rollback?replicas={wanted}")
+    assert (rolled.status_code, rolled.json()["live"]) == (200, "1")
+    named = three[2].put(
+        f"/v1/tasks/pets/aliases/live?replicas={wanted}", json={"version": "2"}
+    )
+    assert named.json()["replicas"] | {"reached": 0} == {
+        "generation": 4,
+        "wanted": number,
+        "reached": 0,
+        "alive": 3,
+        "failed": [],
+    }
+    assert sum(versions_of(http)["pets@2"] == "live" for http in three) >= number
+
+
+@pytest.mark.parametrize("nonsense", ["0", "-1", "some", "1.5", "", "1e3"])
+def test_a_number_of_replicas_that_makes_no_sense_is_refused(
+    http: httpx.Client, nonsense: str
+) -> None:
+    answer = http.put(f"/v1/tasks/pets/versions/1?replicas={nonsense}", content=b"")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["errors"][0]["where"] == "query.replicas"
+
+
+def test_more_replicas_than_are_alive_change_nothing(cluster: Cluster, make: MakeBundle) -> None:
+    with cluster.replica("a") as http:
+        answer = http.put("/v1/tasks/pets/versions/1?replicas=2", content=make()[1])
+        assert (answer.status_code, answer.json()["code"]) == (409, "too_few_replicas")
+        assert versions_of(http) == {}
+
+
+def test_who_does_not_follow_in_time_is_waited_for_in_the_operation(
+    cluster: Cluster, make: MakeBundle
+) -> None:
+    with cluster.replica("a") as a, cluster.replica("b", **BROKEN) as b:
+        accepted = a.put("/v1/tasks/pets/versions/1?replicas=all&wait=1", content=make()[1])
+        assert (accepted.status_code, accepted.json()["state"]) == (202, "running")
+        assert versions_of(a) == {"pets@1": "live"}
+
+        def ended() -> bool:
+            return bool(b.get(accepted.headers["location"]).json()["state"] != "running")
+
+        until(lambda: generation(b) == 1)
+        until(ended)
+        found = b.get(accepted.headers["location"]).json()
+        assert (found["state"], found["replicas"]["reached"]) == ("succeeded", 1)
+        assert found["replicas"]["failed"][0]["name"] == "b"
+        assert "were wanted" in found["warnings"][-1]
+
+        named = a.put("/v1/tasks/pets/aliases/x?replicas=all&wait=1", json={"version": "1"})
+        assert (named.status_code, named.json()["aliases"]["x"]) == (202, "1")
+
+
+BROKEN = {"slots": 1}  # too little for any bundle here
+
+
+def test_an_operation_of_a_replica_that_is_gone_has_failed(
+    cluster: Cluster, make: MakeBundle
+) -> None:
+    with cluster.replica("stays") as stays:
+        with cluster.replica("leaves") as leaves:
+            bundle = make()[1]
+            accepted = leaves.put("/v1/tasks/pets/versions/1?wait=0", content=bundle)
+            location = accepted.headers["location"]
+            until(lambda: stays.get(location).json()["state"] == "succeeded")
+        assert stays.get(location).json()["state"] == "succeeded"
+        assert stays.get("/v1/operations/none").json()["code"] == "unknown_operation"
+
+
+def test_one_that_joins_late_is_ready_with_everything(
+    cluster: Cluster, make: MakeBundle, image: bytes
+) -> None:
+    with cluster.replica("first") as first:
+        put(first, make()[1])
+        put(first, make(task="tools", seed=1)[1], "tools")
+        with cluster.replica("late") as late:
+            assert generation(late) == generation(first) == 2
+            assert versions_of(late) == {"pets@1": "live", "tools@1": "live"}
+            ours, theirs = (classify(one, image, labels=None).json() for one in (first, late))
+            assert ours["results"] == theirs["results"]

@@ -25,6 +25,7 @@ from tests.service.raw import Raw
 @dataclass(frozen=True)
 class Done:
     warnings: tuple[str, ...] = ()
+    replicas: None = None
 
 
 async def at_once(*warnings: str) -> Done:
