@@ -9,6 +9,7 @@ from dataclasses import replace
 from service.doctor import images, wire
 from service.doctor.drain import check_drain
 from service.doctor.findings import Finding, skipped
+from service.doctor.generations import check_generations
 from service.doctor.replicas import check_replicas
 from service.doctor.site import Site
 
@@ -46,6 +47,7 @@ def examine(
         for finding in _examined(site, slow=slow):
             many = len(sites) > 1
             yield replace(finding, check=f"{site.name} {finding.check}") if many else finding
+    yield from check_generations(sites, slow=slow)
     yield from check_replicas(sites)
     if pid is not None:
         yield from check_drain(sites[0], pid)

@@ -6,7 +6,7 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,8 @@ class Broken:
         fetches: whether it gets images by URL from anywhere.
         drifts: whether an answer depends on how many came before it.
         everything: what it answers to all requests, whatever they are.
+        overlooks: whether it answers without having the generation that is asked for.
+        replicas: that it knows, more or less as /v1/replicas has them.
     """
 
     on_bad_image: int = 422
@@ -49,6 +51,8 @@ class Broken:
     fetches: bool = False
     drifts: bool = False
     everything: int = 0
+    overlooks: bool = False
+    replicas: Sequence[Mapping[str, Any]] = ()
     dead: bool = field(default=False, init=False)
     count: int = field(default=0, init=False)
 
@@ -58,10 +62,16 @@ class Broken:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
+        asked = dict(scope["headers"]).get(b"x-min-generation", b"0").decode()
         status, answer = self.answer(scope["path"], body)
+        if not self.overlooks and not self.everything and not asked.isdecimal():
+            status, answer = 422, problem(422)
+        elif not self.overlooks and not self.everything and int(asked) > self.generation:
+            status, answer = 503, problem(503) | {"code": "behind"}
         kind = "application/json" if status < 400 else "application/problem+json"
         headers = {"content-type": kind, "x-registry-generation": str(self.generation)}
         headers |= {"date": self.date} if self.date else {}
+        headers |= {"retry-after": "1"} if status == 503 else {}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
@@ -73,6 +83,8 @@ class Broken:
             return 503, problem(503)
         if path == "/readyz":
             return 200, {"ready": True, "generation": self.generation, "fingerprint": "sha256:1"}
+        if path == "/v1/replicas":
+            return 200, {"generation": self.generation, "replicas": [*map(replica, self.replicas)]}
         if path != "/v1/classify":
             return 200, {"live": True, "started": True}
         return self._classified(body)
@@ -98,6 +110,13 @@ class Broken:
             with suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), 1).close()
         return {"error": problem(422) | {"code": "fetch_failed" if self.fetches else "url_refused"}}
+
+
+def replica(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A replica that has nothing and wants nothing, but for what is told of it."""
+    plain = {"this": False, "phase": "ready", "generation": 1, "version": "1", "since": "now"}
+    plain |= {"fingerprint": "sha256:1", "versions": {}, "lacking": [], "name": told["id"]}
+    return plain | {"ready": told.get("phase", "ready") == "ready"} | dict(told)
 
 
 def problem(status: int) -> dict[str, Any]:

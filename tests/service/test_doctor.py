@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from service.commands import commands
 from service.doctor import images, wire
 from service.doctor.findings import Finding
+from service.doctor.generations import check_generations
 from service.doctor.replicas import check_replicas
 from service.doctor.site import Site
 from tests.service.broken import Broken, served
@@ -23,6 +25,10 @@ from tests.service.test_start_and_stop import free_port
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
 Check = Callable[[Site], Iterator[Finding]]
+LIVE = {"digest": "sha256:7", "state": "live", "tier": "device"}
+OTHER = LIVE | {"digest": "sha256:8"}
+FAILED = LIVE | {"state": "failed", "reason": "damaged"}
+LACK = {"version": "pets@2", "reason": "store away", "attempts": 3}
 
 
 def failed(findings: Iterator[Finding]) -> set[str]:
@@ -49,6 +55,7 @@ def test_a_healthy_server_passes_everything_and_serves_what_it_served(
         "keys: a wrong one",
         "keys: the right one",
         "slow",
+        "generation: one that never comes",
     }
     assert len(rows) > 40
     assert http.get("/v1/tasks").content == before
@@ -58,7 +65,10 @@ def test_a_healthy_server_passes_everything_and_serves_what_it_served(
 def test_a_server_with_keys_passes_and_leaves_in_order(
     start_server: StartServer, tmp_path: Path
 ) -> None:
-    keys, times = ("admin_key=sesame", "read_key=open"), ("body_timeout_s=3", "header_timeout_s=1")
+    keys, times = (
+        ("admin_key=sesame", "read_key=open"),
+        ("body_timeout_s=3", "header_timeout_s=1", "generation_wait_s=0.2"),
+    )
     with start_server(tmp_path / "store", *keys, *times, "image_urls=true") as server:
         reaped = threading.Thread(target=server.process.wait)  # or its id would stay
         reaped.start()
@@ -100,6 +110,7 @@ class TestOfBrokenServers:
             "limits: a body longer than it says",
             "limits: a body that ends early",
             "generation: told with every answer",
+            "generation: asked for",  # it has the one that it says
             "clock",
         }
 
@@ -136,12 +147,51 @@ class TestOfBrokenServers:
         with ExitStack() as stack:
             urls = [stack.enter_context(served(app)) for app in apps]
             sites = [stack.enter_context(Site(url, patience_s=0)) for url in urls]
-            findings = {finding.check: finding for finding in check_replicas(sites)}
-            together = check_replicas([sites[0], sites[2]])
+            findings = {finding.check: finding for finding in check_generations(sites)}
+            together = check_generations([sites[0], sites[2]], slow=True)
             assert failed(together) == set()
         lag = findings["generation: the same everywhere"]
         assert (lag.outcome, "2 behind" in lag.came) == ("fail", True)
         assert findings["backbone: the same everywhere"].outcome == "pass"
+        asked = findings["generation: asked for"]
+        assert (asked.outcome, "503 behind from 5" in asked.came) == ("fail", True)
+
+    def test_one_that_overlooks_which_generation_is_asked_for(self) -> None:
+        with served(Broken(overlooks=True)) as url, Site(url) as site:
+            found = failed(check_generations([site], slow=True))
+        assert found == {"generation: nonsense asked for", "generation: one that never comes"}
+
+    @pytest.mark.parametrize(
+        ("told", "check", "came"),
+        [
+            ({"phase": "starting"}, "ready", "a: ready, b: starting"),
+            ({"version": "2"}, "version of Medley", "a: 1, b: 2"),
+            ({"fingerprint": "sha256:2"}, "backbone", "a: sha256:1, b: sha256:2"),
+            ({"lacking": [LACK]}, "each has every version", "b: pets@2: store away"),
+            ({"versions": {"pets@1": FAILED}}, "each has every version", "b: pets@1: damaged"),
+            ({"versions": {"pets@1": OTHER}}, "the same bundles", "pets@1"),
+        ],
+    )
+    def test_one_that_knows_of_a_bad_replica(
+        self, told: dict[str, Any], check: str, came: str
+    ) -> None:
+        good = {"id": "a", "this": True, "versions": {"pets@1": LIVE}}
+        with served(Broken(replicas=[good, {"id": "b", **told}])) as url, Site(url) as site:
+            findings = {finding.check: finding for finding in check_replicas([site])}
+        assert failed(iter(findings.values())) == {f"replicas: {check}"}
+        assert findings[f"replicas: {check}"].came == came
+
+    def test_several_that_do_not_know_each_other(self) -> None:
+        apps = [Broken(replicas=[{"id": name, "this": True}]) for name in ("a", "b")]
+        with ExitStack() as stack:
+            urls = [stack.enter_context(served(app)) for app in apps]
+            sites = [stack.enter_context(Site(url)) for url in urls]
+            assert failed(check_replicas(sites)) == {"replicas: the same ones known everywhere"}
+
+    def test_one_that_does_not_know_itself(self) -> None:
+        assert "replicas: told of" in failures_of(
+            Broken(replicas=[{"id": "a"}]), lambda site: check_replicas([site])
+        )
 
     def test_one_whose_metrics_are_none(self) -> None:
         assert failures_of(Broken(), wire.check_metrics) == {"metrics"}
