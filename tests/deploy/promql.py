@@ -18,7 +18,9 @@ __all__ = ["RULES", "Known", "alerts_of", "known", "problems", "recorded_of"]
 RULES = Path(__file__).parents[2] / "deploy" / "prometheus" / "rules"
 TARGET = frozenset({"job", "instance"})
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_SELECTOR = re.compile(r"\b([a-z_]+(?::[a-z0-9_:]+)?)\s*(?:\{([^}]*)\}|(?=\s*(?:[\[)<>=!*/+-]|$)))")
+_SELECTOR = re.compile(
+    r"\b(ALERTS|[a-z_]+(?::[a-z0-9_:]+)?)\s*(?:\{([^}]*)\}|(?=\s*(?:[\[)<>=!*/+-]|$)))"
+)
 _GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 _MATCHER = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
 _LEVELS = {"job": {"job"}, "instance": TARGET}  # labels by the first word of a recorded name
@@ -37,7 +39,8 @@ class Known:
 @cache
 def known() -> Known:
     """What a server exports, what Prometheus adds, and what our rules record."""
-    found: dict[str, frozenset[str]] = {"up": TARGET}
+    alerts = TARGET | {"alertname", "alertstate", "severity"}
+    found: dict[str, frozenset[str]] = {"up": TARGET, "ALERTS": alerts}
     fields = [m for m in vars(Metrics()).values() if hasattr(m, "_labelnames")]
     for metric in fields:
         family = next(iter(metric.describe()))
@@ -56,7 +59,7 @@ def problems(expr: str, known: Known) -> list[str]:
     bare = re.sub(r"\[[^\]]*\]", "[1m]", _STRING.sub('""', expr))
     names, labels = set(), set()
     for name, matchers in _SELECTOR.findall(_GROUPING.sub(" ", bare)):
-        if name == "up" or name.startswith(("medley", "process")) or ":" in name:
+        if name in ("up", "ALERTS") or name.startswith(("medley", "process")) or ":" in name:
             names.add(name)
             wrong = set(_MATCHER.findall(matchers)) - known.labels.get(name, frozenset())
             labels |= {f"{name}{{{label}}}" for label in wrong}
