@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from medley.sealed import pack
@@ -500,8 +500,10 @@ def test_a_play_collects_what_is_deleted_or_given_up(
         assert play.replicas[0].shared.digests() == set()
 
 
+@example(acts=[("keep", 0, 0), ("collect", 0, 0), ("commit", 0, 0)])  # between look and judgement
+@example(acts=[("keep", 0, 0), ("collect", 0, 0), ("keep", 1, 0), ("give_up", 0, 0)])
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     acts=st.lists(
@@ -510,7 +512,7 @@ def test_a_play_collects_what_is_deleted_or_given_up(
             st.integers(0, 1),
             st.integers(0, len(BUNDLES) - 1),
         ),
-        max_size=40,
+        max_size=30,
     )
 )
 def test_no_bundle_that_a_state_names_is_ever_lost(
