@@ -259,6 +259,15 @@ def test_the_network_lets_in_who_asks_and_out_to_what_it_needs(overlay: Overlay)
     assert policy["policyTypes"] == ["Ingress", "Egress"]
 
 
+def test_what_the_settings_may_take_of_memory_fits_into_the_limit(overlay: Overlay) -> None:
+    settings = _settings(overlay)
+    limit = overlay.container["resources"]["limits"]["memory"]
+    assert limit.endswith("Gi")
+    limit_bytes = int(limit.removesuffix("Gi")) * 2**30
+    process_bytes = 2**30  # of torch and a small backbone: 0.9 GB were seen, 2026-11
+    assert settings.host_bytes + settings.max_inflight_bytes + process_bytes < limit_bytes
+
+
 def test_only_pods_with_a_gpu_ask_for_one() -> None:
     for name in OVERLAYS:
         wanted = render(name).container["resources"]["limits"].get("nvidia.com/gpu")
