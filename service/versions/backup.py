@@ -40,14 +40,13 @@ class Backup:
         False, and nothing is written, where another state of that generation or a later one has a
         copy: two were made from one, so that one of them was made by who was not up to date.
         """
-        names, name = self._names(), _name(state)
-        if any(other >= _first(state) and other != name for other in names):
+        others = self._others(state)
+        if _highest(others) >= state.generation:
             return False
-        if name not in names:
-            self._blobs.put(name, state.to_json().encode())
+        self._blobs.put(_name(state), state.to_json().encode())
         self.generation = state.generation
         with suppress(StorageError):  # the state is kept; the next cleaning has more to do
-            for old in names[: 1 - KEPT]:
+            for old in others[: 1 - KEPT]:
                 self._blobs.delete(old)
         return True
 
@@ -64,6 +63,13 @@ class Backup:
                     return state
         return None
 
+    def highest(self, *, but: State | None = None) -> int:
+        """The highest generation that a copy is named by, read or not, `but` apart; or -1."""
+        return _highest(self._others(but))
+
+    def _others(self, state: State | None) -> list[str]:
+        return [name for name in self._names() if state is None or name != _name(state)]
+
     def _read(self, name: str) -> State | None:
         try:
             return State.from_json(self._blobs.read(name))
@@ -78,15 +84,14 @@ class Backup:
         return [name for name in self._blobs.names(f"{FOLDER}/") if is_copy(name)]
 
 
-def _first(state: State) -> str:
-    """What the names of its generation begin with: those of later ones are greater."""
-    return f"{FOLDER}/{state.generation:020}-"
-
-
 def is_copy(name: str) -> bool:
     """Whether a file of that name is one of ours."""
     return _NAME.fullmatch(name) is not None
 
 
 def _name(state: State) -> str:
-    return f"{_first(state)}{state.id}.json"
+    return f"{FOLDER}/{state.generation:020}-{state.id}.json"
+
+
+def _highest(names: list[str]) -> int:
+    return int(names[-1].removeprefix(f"{FOLDER}/").partition("-")[0]) if names else -1

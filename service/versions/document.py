@@ -63,11 +63,20 @@ class State:
         """The id of the change that made this state: no two states have the same."""
         return self.ids[0] if self.ids else ""
 
-    def after(self, tasks: Mapping[str, TaskState], *, store: str | None = None) -> State:
-        """The next state, with these tasks; `store` if its bytes have another place since."""
-        ids = (uuid4().hex, *self.ids[: _REMEMBERED - 1])
-        store = self.store if store is None else store
-        return replace(self, generation=self.generation + 1, ids=ids, tasks=tasks, store=store)
+    def after(
+        self, tasks: Mapping[str, TaskState], *, store: str | None = None, above: int = -1
+    ) -> State:
+        """The next state, with these tasks.
+
+        `store`: if its bytes have another place since; `above`: a generation that may be taken.
+        """
+        return replace(
+            self,
+            generation=max(self.generation, above) + 1,
+            ids=(uuid4().hex, *self.ids[: _REMEMBERED - 1]),
+            tasks=tasks,
+            store=self.store if store is None else store,
+        )
 
     def desired(self) -> Desired:
         """What it means for those who serve by it."""

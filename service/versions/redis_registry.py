@@ -168,15 +168,20 @@ class RedisRegistry(Registry):
         best = max(known, key=lambda state: state.generation, default=None)
         if best is None:
             chosen = State(ids=(uuid4().hex,), store=self._backup.store_id, backbone=self._backbone)
-        elif seen.state is not None and best.id == seen.state.id:
+        elif seen.state is not None and best.id == seen.state.id and self._is_alone(best):
             chosen = seen.state
-        else:  # a generation of its own: what Redis had lost may have had the next one
-            chosen = best.after(best.tasks, store=self._backup.store_id)
+        else:  # a generation of its own: what Redis or the store had lost may have had the next one
+            above = self._backup.highest()
+            chosen = best.after(best.tasks, store=self._backup.store_id, above=above)
         seen = self._swap(seen, chosen)
         if best is not None and seen.id == chosen.id:
             self.recoveries += 1
             log.warning("the registry was recovered at generation %d", chosen.generation)
         return seen
+
+    def _is_alone(self, state: State) -> bool:
+        """Whether no other state has a copy that says to be as new."""
+        return self._backup.highest(but=state) < state.generation
 
     def _keep(self, seen: _Seen, state: State) -> bool:
         """See that the store has a copy before anybody is told of this state.

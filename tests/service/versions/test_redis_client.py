@@ -77,6 +77,21 @@ def test_a_name_without_the_right_to_the_keys_is_refused(guarded: RedisServer) -
         guest.eval("return 1", 1, "{medley}:state")
 
 
+def test_the_rights_that_the_docs_name_are_enough(guarded: RedisServer, tmp_path: Path) -> None:
+    hints = threading.Semaphore(0)
+    with (
+        guarded.client(password=PASSWORD) as admin,
+        closing(Cluster(guarded, tmp_path / "store")) as cluster,
+    ):
+        rights = f"~{{{cluster.prefix}}}:* &{{{cluster.prefix}}}:* +@all -@admin -@dangerous +info"
+        admin.execute_command("ACL", "SETUSER", "medley", "on", ">mine", *rights.split())
+        replica = cluster.replica(url=address(guarded, user="medley:mine@"))
+        replica.listen(hints.release)
+        assert hints.acquire(timeout=5)
+        assert apply(replica, ("register", "a", "1")).generation == 1
+        assert hints.acquire(timeout=5)
+
+
 def test_tls_needs_an_authority_that_is_known_and_the_right_name(
     certificates: Path, tmp_path: Path
 ) -> None:
