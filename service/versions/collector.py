@@ -100,7 +100,9 @@ class Collector:
         unused = there - needed - frozenset(self._in_use())
         ages_s = self._ledger.mark(unused.union(halves))
         unused_s = {digest: ages_s[digest] for digest in sorted(unused)}
-        found = Collected(there - unused, unused_s, lost=frozenset(needed - there))
+        # A mounted folder's listing may be a little old: what it lacks is asked for by name.
+        lost = frozenset(digest for digest in needed - there if not self._shared.has(digest))
+        found = Collected(there - unused, unused_s, lost)
         if not dry_run:
             self._delete_halves({name: ages_s[name] for name in halves})
             found = self._mend_all(self._delete_old(found, desired))

@@ -337,6 +337,22 @@ def test_a_lost_bundle_is_put_back_by_whoever_has_it(opened: Open, tmp_path: Pat
     assert other.collect() == Collected(frozenset(DIGESTS[:1]), {}, frozenset())
 
 
+class Stale(SharedStore):
+    """Lists what was there a while ago, as a mounted folder may."""
+
+    def digests(self) -> frozenset[str]:
+        return frozenset()
+
+
+def test_a_listing_that_is_a_little_old_loses_nothing(opened: Open) -> None:
+    one = opened("one")
+    one.register(0)
+    one.store.shared = Stale(one.blobs, announce=one.ledger.announce)
+    one.make_collector()
+
+    assert one.collect() == Collected(frozenset(), {}, frozenset())
+
+
 def test_a_dry_run_changes_nothing(opened: Open) -> None:
     one = opened("one")
     one.register(0)
