@@ -88,10 +88,12 @@ CMD ["serve"]
 # Run as it is, or under torchrun: --entrypoint torchrun, then --nproc-per-node 2 -m medley train ...
 FROM service AS trainer
 USER 0
-COPY pyproject.toml constraints.txt /src/
+ARG DEVICE
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
     --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint /src/constraints.txt "$(echo /wheels/*.whl)[trainer]"
+    HOME=/root pip install --constraint /src/constraints.txt "$(echo /wheels/*.whl)[trainer]" \
+    && if [ "${DEVICE}" = cpu ]; then pip uninstall --yes triton; fi
 USER 10001:10001
 HEALTHCHECK NONE
 CMD ["train", "--help"]

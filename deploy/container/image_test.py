@@ -199,8 +199,10 @@ def learn(images: Buildah, rows: dict[str, str]) -> None:
     with _timed(rows, "learn, one process"):
         images.run("medley", "train", "/data", *few, "--out", "/out/one", flags=flags)
     with _timed(rows, "learn, two processes"):
-        two = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "medley", "train")
-        images.run(*two, "/data", *few, "--out", "/out/two", flags=flags)
+        # buildah gives a container a name without an address, unlike engines
+        alone = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
+        words = ("torchrun", *alone, "-m", "medley", "train", "/data", *few, "--out", "/out/two")
+        images.run(*words, flags=flags)
     for run in ("one", "two"):
         insist(bool(list((out / run).glob("*.safetensors"))), f"a bundle of run {run}")
 
