@@ -31,6 +31,7 @@ from service.wire.rollout_schemas import candidates
 __all__ = ["Residency", "protected"]
 
 log = logging.getLogger(__name__)
+FETCHES = 2  # at once: a store that hangs must not take all threads
 
 
 class Residency:
@@ -66,6 +67,7 @@ class Residency:
         self.lacking: dict[Key, str] = {}  # what could not be had for it at the last try: why
         self._held: Counter[Key] = Counter()  # not to be evicted: somebody is about to use it
         self._bringing: dict[Key, asyncio.Task[None]] = {}
+        self._fetching = asyncio.Semaphore(FETCHES)
         self._reading = asyncio.Lock()  # one bundle at a time is in memory
         self._room = asyncio.Lock()  # what is freed for one version is not taken by another
         self._moved = asyncio.Event()  # a path has been freed, or is not held any more
@@ -362,13 +364,11 @@ class Residency:
             self._keep(record, prepared)  # room or not: to ask again must not cost a file each time
             return await self._admit(record, prepared, evict=evict)
 
-    def _read(self, digest: str) -> Bundle:
-        """A bundle from its file, which is fetched if it is not here; on a thread."""
-        return self._loader.read(self._store.fetch(digest))
-
     async def _from_disk(self, record: VersionRecord) -> Prepared:
+        async with self._fetching:
+            path = await asyncio.to_thread(self._store.fetch, record.digest)
         async with self._reading:
-            bundle = await asyncio.to_thread(self._read, record.digest)
+            bundle = await asyncio.to_thread(self._loader.read, path)
             if bundle.digest != record.digest:
                 raise BundleError(["the bundle in the store is another one"], code="damaged")
             return await self._loader.prepare(bundle)

@@ -18,10 +18,12 @@ from medley.pool import Capacity
 from medley.routed import RoutedModel
 from service.answers.engine import Engine
 from service.signals.metrics import Metrics
+from service.versions.blobs import Blobs
 from service.versions.desired import LIVE, Desired, VersionRecord
 from service.versions.live import Key
 from service.versions.loading import Loader
 from service.versions.residency import Residency
+from service.versions.shared_store import SharedStore
 from service.versions.store import BundleStore
 
 __all__ = ["PIXELS", "Residence", "residence", "truth"]
@@ -132,11 +134,16 @@ async def residence(
     max_host_bytes: int = 2**30,
     unload_s: float = 10.0,
     batch: int = 4,
+    shared: Path | None = None,
 ) -> AsyncIterator[Residence]:
-    """A residency with room for `paths` versions, `slots` experts a block, `batch` images."""
+    """A residency with room for `paths` versions, `slots` experts a block, `batch` images.
+
+    With `shared`, the bundles are there, and its own folder is a cache.
+    """
     capacity = Capacity(paths=paths, slots=slots)
     classifier = Classifier(RoutedModel(backbone, capacity=capacity), buckets=(batch,))
-    metrics, store = Metrics(), BundleStore(folder)
+    bundles = None if shared is None else SharedStore(Blobs(str(shared), timeout_s=10))
+    metrics, store = Metrics(), BundleStore(folder, bundles)
     engine = Engine(
         classifier.launch,
         blank_CHW=torch.zeros(3, *backbone.image_size, dtype=torch.uint8),

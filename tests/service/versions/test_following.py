@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from tests.redis_server import RedisServer
+from service.app import create_app
+from service.errors import RegistryError, ServiceError
+from service.settings import Settings
+from tests.models import tiny_backbone
+from tests.redis_server import RedisServer, free_port
+from tests.redis_server import redis_server as running_redis
 from tests.service.conftest import MakeBundle, OpenApp
 from tests.service.routes.test_classify import classify
 from tests.service.versions.test_tasks import put
@@ -47,9 +55,11 @@ def cluster(redis_server: RedisServer, open_app: OpenApp, tmp_path: Path) -> Clu
 
 @pytest.fixture
 def three(cluster: Cluster) -> Iterator[list[httpx.Client]]:
-    """Three replicas."""
+    """Three replicas that know of each other."""
     with ExitStack() as stack:
-        yield [stack.enter_context(cluster.replica(f"r{n}")) for n in range(3)]
+        opened = [stack.enter_context(cluster.replica(f"r{n}")) for n in range(3)]
+        until(lambda: [one["ready"] for one in listed(opened[0])] == [True] * 3)
+        yield opened
 
 
 def until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
@@ -157,6 +167,7 @@ def test_two_replicas_of_one_name_are_two(cluster: Cluster, make: MakeBundle) ->
         cluster.replica("a", replica="twin") as a,
         cluster.replica("b", replica="twin") as b,
     ):
+        until(lambda: [one["ready"] for one in listed(a)] == [True, True])
         answer = a.put("/v1/tasks/pets/versions/1?replicas=2", content=make()[1])
         assert answer.json()["replicas"]["reached"] == 2
         assert [one["name"] for one in listed(b)] == ["twin", "twin"]
@@ -176,9 +187,7 @@ def test_a_change_waits_for_as_many_replicas_as_it_is_told(
     three[0].put("/v1/tasks/pets/versions/2", content=make(version="2", seed=2)[1])
     rolled = three[1].post(f"/v1/tasks/pets:rollback?replicas={wanted}")
     assert (rolled.status_code, rolled.json()["live"]) == (200, "1")
-    named = three[2].put(
-        f"/v1/tasks/pets/aliases/live?replicas={wanted}", json={"version": "2"}
-    )
+    named = three[2].put(f"/v1/tasks/pets/aliases/live?replicas={wanted}", json={"version": "2"})
     assert named.json()["replicas"] | {"reached": 0} == {
         "generation": 4,
         "wanted": number,
@@ -205,26 +214,35 @@ def test_more_replicas_than_are_alive_change_nothing(cluster: Cluster, make: Mak
         assert versions_of(http) == {}
 
 
-def test_who_does_not_follow_in_time_is_waited_for_in_the_operation(
+def test_who_wants_all_is_told_which_replica_refuses_the_version(
     cluster: Cluster, make: MakeBundle
 ) -> None:
     with cluster.replica("a") as a, cluster.replica("b", **BROKEN) as b:
-        accepted = a.put("/v1/tasks/pets/versions/1?replicas=all&wait=1", content=make()[1])
-        assert (accepted.status_code, accepted.json()["state"]) == (202, "running")
+        until(lambda: [one["ready"] for one in listed(a)] == [True, True])
+        accepted = a.put("/v1/tasks/pets/versions/1?replicas=all", content=make()[1])
+        assert accepted.status_code == 202
         assert versions_of(a) == {"pets@1": "live"}
+        for asked in (a, b):
+            found = asked.get(accepted.headers["location"]).json()
+            assert (found["state"], found["replicas"]["reached"]) == ("succeeded", 1)
+            assert found["replicas"]["failed"][0]["name"] == "b"
+            assert found["warnings"][-1] == "1 replicas have it, 2 were wanted"
 
-        def ended() -> bool:
-            return bool(b.get(accepted.headers["location"]).json()["state"] != "running")
-
-        until(lambda: generation(b) == 1)
-        until(ended)
-        found = b.get(accepted.headers["location"]).json()
-        assert (found["state"], found["replicas"]["reached"]) == ("succeeded", 1)
-        assert found["replicas"]["failed"][0]["name"] == "b"
-        assert "were wanted" in found["warnings"][-1]
-
-        named = a.put("/v1/tasks/pets/aliases/x?replicas=all&wait=1", json={"version": "1"})
+        named = a.put("/v1/tasks/pets/aliases/x?replicas=all", json={"version": "1"})
         assert (named.status_code, named.json()["aliases"]["x"]) == (202, "1")
+        assert named.json()["replicas"]["failed"][0]["reason"]
+
+
+def test_who_does_not_wait_asks_any_replica_for_the_end(
+    three: list[httpx.Client], make: MakeBundle
+) -> None:
+    accepted = three[0].put("/v1/tasks/pets/versions/1?replicas=all&wait=0", content=make()[1])
+    assert (accepted.status_code, accepted.json()["state"]) == (202, "running")
+    location = accepted.headers["location"]
+    for http in three:
+        until(lambda: bool(three[2].get(location).json()["state"] == "succeeded"))
+        assert http.get(location).json()["replicas"]["reached"] == 3
+        assert versions_of(http) == {"pets@1": "live"}
 
 
 BROKEN = {"slots": 1}  # too little for any bundle here
@@ -254,3 +272,178 @@ def test_one_that_joins_late_is_ready_with_everything(
             assert versions_of(late) == {"pets@1": "live", "tools@1": "live"}
             ours, theirs = (classify(one, image, labels=None).json() for one in (first, late))
             assert ours["results"] == theirs["results"]
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis to be harmed."""
+    with running_redis(tmp_path / "redis") as started:
+        yield started
+
+
+def test_without_redis_answers_go_on_and_changes_are_refused_until_it_is_back(
+    cluster: Cluster, own_redis: RedisServer, make: MakeBundle, image: bytes
+) -> None:
+    own = {"registry": own_redis.url, "registry_timeout_s": 0.5}
+    with cluster.replica("a", **own) as a, cluster.replica("b", **own) as b:
+        put(a, make()[1])
+        until_at(b, 1)
+        own_redis.kill()
+        for http in (a, b):
+            until(lambda http=http: metric(http, "medley_registry_up") == 0)  # type: ignore[misc]
+            assert classify(http, image, model="pets").status_code == 200
+            refused = put(http, make(version="2", seed=2)[1], version="2")
+            assert (refused.status_code, refused.json()["code"]) == (503, "registry_unavailable")
+            assert refused.headers["retry-after"]
+            assert http.get("/readyz").status_code == 200
+            assert http.get("/v1/replicas").json()["code"] == "registry_unavailable"
+
+        own_redis.restart(empty=True)
+        until(lambda: metric(a, "medley_registry_up") == metric(b, "medley_registry_up") == 1)
+        until(lambda: len(listed(a)) == 2)
+        after = put(b, make(version="2", seed=2)[1], version="2")
+        assert after.status_code == 201
+        until_at(a, after.json()["generation"])
+        assert versions_of(a) == versions_of(b) == {"pets@1": "ready", "pets@2": "live"}
+        recoveries = [metric(http, "medley_registry_recoveries_total") for http in (a, b)]
+        assert sum(recoveries) >= 1
+        assert metric(a, "medley_registry_backup_generation") == after.json()["generation"]
+
+
+def metric(http: httpx.Client, name: str, **labels: str) -> float:
+    """One number of /metrics."""
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    (found,) = (
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name and sample.labels == labels
+    )
+    return float(found)
+
+
+def test_while_bundles_cannot_be_had_a_replica_stays_where_it_is_and_says_so(
+    cluster: Cluster, make: MakeBundle, image: bytes, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"  # how only one of them comes to the store
+    with cluster.replica("a") as a:
+        link.symlink_to(tmp_path / "shared")
+        with cluster.replica("b", bundle_store=str(link)) as b:
+            put(a, make()[1])
+            until_at(b, 1)
+            link.unlink()
+            put(a, make(version="2", seed=2)[1], version="2")
+            until(lambda: bool(listed(b)[1]["lacking"]))
+            (lacking,) = listed(b)[1]["lacking"]
+            assert (lacking["version"], lacking["attempts"] >= 1) == ("pets@2", True)
+            assert lacking["retry_s"] is None or lacking["retry_s"] > 0
+            assert metric(b, "medley_registry_lag_seconds") > 0
+            assert metric(b, "medley_registry_generation", kind="desired") == 2
+            assert metric(b, "medley_registry_generation", kind="observed") == 1
+            assert metric(b, "medley_store_up") == 0
+            assert metric(b, "medley_follows_total", result="unavailable") >= 1
+            (result,) = classify(b, image, model="pets", labels=None).json()["results"]
+            assert result["path"]["version"] == "1"
+            refused = b.put("/v1/tasks/pets/aliases/x", json={"version": "1"})
+            assert refused.status_code == 503
+
+            link.symlink_to(tmp_path / "shared")
+            until_at(b, 2)
+            (result,) = classify(b, image, model="pets", labels=None).json()["results"]
+            assert result["path"]["version"] == "2"
+            assert metric(b, "medley_registry_lag_seconds") == 0
+            assert listed(b)[1]["lacking"] == []
+
+
+def test_one_that_joins_is_not_ready_without_what_another_has(
+    cluster: Cluster, make: MakeBundle, tmp_path: Path
+) -> None:
+    bundle, data = make()
+    with cluster.replica("first") as first, ThreadPoolExecutor() as threads:
+        put(first, data)
+        path = tmp_path / "shared" / "bundles" / f"{bundle.digest.removeprefix('sha256:')}"
+        path = path.with_suffix(".safetensors")
+        lost = path.rename(tmp_path / "lost")
+        late = cluster.replica("late")
+        joining = threads.submit(late.__enter__)
+        try:
+            until(lambda: [one["phase"] for one in listed(first)] == ["ready", "starting"])
+            until(lambda: states_of(listed(first)[1]) == {"pets@1": "failed"})
+            assert "lost" in listed(first)[1]["versions"]["pets@1"]["reason"]
+            assert not joining.done()
+        finally:
+            lost.rename(path)
+            http = joining.result(60)
+        with closing_both(late):
+            assert versions_of(http) == {"pets@1": "live"}
+
+
+def states_of(replica: dict[str, Any]) -> dict[str, str]:
+    """The state of each version that a replica tells of."""
+    return {version: one["state"] for version, one in replica["versions"].items()}
+
+
+@contextmanager
+def closing_both(context: AbstractContextManager[httpx.Client]) -> Iterator[None]:
+    """Leave a context that was entered elsewhere."""
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+def test_a_version_that_no_replica_can_load_keeps_nobody_from_joining(
+    cluster: Cluster, make: MakeBundle, tmp_path: Path
+) -> None:
+    bundle, data = make()
+    name = f"{bundle.digest.removeprefix('sha256:')}.safetensors"
+    with cluster.replica("a") as a:
+        put(a, data)
+        put(a, make(task="tools", seed=1)[1], "tools")
+    (tmp_path / "shared" / "bundles" / name).unlink()
+    with cluster.replica("b") as b:
+        assert versions_of(b) == {"pets@1": "failed", "tools@1": "live"}
+        assert b.get("/readyz").json()["failed_versions"] == ["pets@1"]
+        assert put(b, data).status_code == 200
+        assert versions_of(b) == {"pets@1": "live", "tools@1": "live"}
+    with cluster.replica("c") as c:
+        assert versions_of(c) == {"pets@1": "live", "tools@1": "live"}
+
+
+def test_numbers_say_how_far_each_replica_is(three: list[httpx.Client], make: MakeBundle) -> None:
+    put(three[0], make()[1])
+    for http in three:
+        until_at(http, 1)
+        for kind in ("desired", "observed"):
+            assert metric(http, "medley_registry_generation", kind=kind) == 1
+        assert metric(http, "medley_registry_lag_seconds") == 0
+        assert metric(http, "medley_follows_total", result="ok") >= 1
+        assert metric(http, "medley_follow_seconds_count") >= 1
+        assert metric(http, "medley_versions", state="live") == 1
+        assert metric(http, "medley_versions", state="failed") == 0
+        assert metric(http, "medley_ready") == metric(http, "medley_store_up") == 1
+        until(lambda http=http: metric(http, "medley_replicas") == 3)  # type: ignore[misc]
+
+
+def test_a_replica_with_another_backbone_does_not_join(
+    cluster: Cluster, make: MakeBundle, tmp_path: Path
+) -> None:
+    with cluster.replica("a") as a:
+        put(a, make()[1])
+        fields = cluster.fields | {"store": tmp_path / "b", "buckets": (4,)}
+        app = create_app(Settings.model_validate(fields), backbone=tiny_backbone(seed=1))
+        with pytest.raises(RegistryError, match="another backbone"), TestClient(app):
+            pass
+        assert [one["name"] for one in listed(a)] == ["a"]
+
+
+def test_a_redis_that_does_not_answer_ends_a_start_after_a_while(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    nobody = f"redis://:sesame@127.0.0.1:{free_port()}/0"
+    with (
+        pytest.raises(ServiceError, match="registry is away") as caught,
+        cluster.replica("a", registry=nobody, registry_wait_s=0.6),
+    ):
+        pass
+    assert "sesame" not in str(caught.value)
