@@ -85,7 +85,7 @@ class State:
             generation=self.generation,
             id=self.id,
             versions=tuple(record for task in tasks.values() for record in task.versions),
-            aliases={name: task.names for name, task in tasks.items() if task.names},
+            aliases={name: names for name, task in tasks.items() if (names := task.names)},
             previous={n: t.activations[-2] for n, t in tasks.items() if len(t.activations) > 1},
             pinned=frozenset((n, version) for n, t in tasks.items() for version in t.pinned),
             rollouts={n: t.rollout for n, t in tasks.items() if t.rollout is not None},
