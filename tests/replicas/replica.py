@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-import service.commands  # noqa: F401 - is there when a child of it is forked
 from medley.cli import main
+from medley.errors import MedleyError
 from service.app import create_app
+from service.commands.console import fail
 from service.server import serve
 from service.settings import Settings
 from service.signals import logs
@@ -57,7 +58,10 @@ def run_replica(orders: Orders, ready: Connection) -> None:
         on_step=_dying_at(orders.deadly),
         in_background=True,
     )
-    serve(app, settings, on_ready=ready.send)
+    try:
+        serve(app, settings, on_ready=ready.send)
+    except MedleyError as error:
+        fail(str(error), status=1)  # as the command ends
 
 
 def run_command(words: list[str], environment: dict[str, str], log: Path) -> None:

@@ -29,7 +29,7 @@ def test_clocks_that_are_two_days_apart_change_nothing(
     (now,) = cluster.start_all("now")
     witness.prepare(now, make)
     with ExitStack() as stack:
-        starting = [begin_shifted(cluster, name, stack) for name in ("-1d", "+1d")]
+        starting = [begin_shifted(cluster, shift, stack) for shift in ("-1d", "+1d")]
         yesterday, tomorrow = others = [answering(process, stack) for process in starting]
         apart_s = time_of(tomorrow) - time_of(yesterday)
         assert apart_s > 47 * HOUR_S, "libfaketime does nothing here"
@@ -60,7 +60,7 @@ def begin_shifted(cluster: Cluster, shift: str, stack: ExitStack) -> subprocess.
         "registry": cluster.redis.url,
         "registry_prefix": cluster.prefix,
         "bundle_store": str(cluster.bundles),
-        "replica": shift,
+        "replica": "yesterday" if shift.startswith("-") else "tomorrow",
     }
     program = [sys.executable, "-m", "tests.service.tiny_server", str(cluster.folder / shift)]
     command = [faketime(), "-f", shift, *program, *(f"{k}={v}" for k, v in settings.items())]
