@@ -29,6 +29,7 @@ from service.wire.route_schemas import RouteResponse
 from service.wire.schemas import ClassifyOptions, ClassifyResponse
 from service.wire.signal_schemas import UsageAnswer
 from service.wire.task_schemas import (
+    ChangeAnswer,
     OperationAnswer,
     OperationsAnswer,
     RegistrationAnswer,
@@ -73,10 +74,13 @@ class RefusedError(ClientError):
 
 
 class StillRunningError(ClientError):
-    """A change takes longer than the client waits; `operation` tells what becomes of it."""
+    """A registration takes longer than the client waits, or fewer replicas have it than it wanted.
+
+    `operation` tells what becomes of it.
+    """
 
     def __init__(self, operation: OperationAnswer) -> None:
-        super().__init__(f"it still runs on the server, as operation {operation.id}")
+        super().__init__(f"not done everywhere yet: see operation {operation.id} on the server")
         self.operation = operation
 
 
@@ -159,7 +163,9 @@ class Client(_Calls):
 
     Every method raises RefusedError where the server answers with a problem, and UnreachableError
     where it does not answer. A change with `if_match` is refused (`precondition_failed`) if the
-    task has changed since: it is `TaskAnswer.changed`.
+    task has changed since: it is `TaskAnswer.changed`. With `replicas` ("all", "majority" or a
+    number) it is answered when so many have it, or with `replicas` in the answer saying how far it
+    has come; refused (`too_few_replicas`) if there are not so many.
     """
 
     def _open(self, url: httpx.URL, headers: dict[str, str]) -> None:
@@ -229,6 +235,7 @@ class Client(_Calls):
         bundle: Path,
         *,
         activate: bool = True,
+        replicas: str | None = None,
         if_match: int | None = None,
         on_progress: OnProgress = _ignore,
     ) -> RegistrationAnswer:
@@ -239,6 +246,7 @@ class Client(_Calls):
                 version,
                 bundle,
                 activate=activate,
+                replicas=replicas,
                 wait_s=self._wait_s,
                 on_progress=on_progress,
             ),
@@ -252,11 +260,14 @@ class Client(_Calls):
         source: str,
         *,
         activate: bool = True,
+        replicas: str | None = None,
         if_match: int | None = None,
     ) -> RegistrationAnswer:
         """Let the server get a bundle from a URL that it allows."""
         return self.send(
-            exchanges.register_from(task, version, source, activate=activate, wait_s=self._wait_s),
+            exchanges.register_from(
+                task, version, source, activate=activate, replicas=replicas, wait_s=self._wait_s
+            ),
             if_match=if_match,
         )
 
@@ -281,18 +292,27 @@ class Client(_Calls):
             time.sleep(LOOK_AGAIN_S)
 
     def set_alias(
-        self, task: str, alias: str, version: str, *, if_match: int | None = None
-    ) -> TaskAnswer:
+        self,
+        task: str,
+        alias: str,
+        version: str,
+        *,
+        replicas: str | None = None,
+        if_match: int | None = None,
+    ) -> ChangeAnswer:
         """Let an alias name a version; `live` is one."""
-        return self.send(exchanges.set_alias(task, alias, version), if_match=if_match)
+        exchange = exchanges.set_alias(task, alias, version, replicas=replicas)
+        return self.send(exchange, if_match=if_match)
 
     def delete_alias(self, task: str, alias: str, *, if_match: int | None = None) -> TaskAnswer:
         """Forget an alias."""
         return self.send(exchanges.delete_alias(task, alias), if_match=if_match)
 
-    def rollback(self, task: str, *, if_match: int | None = None) -> TaskAnswer:
+    def rollback(
+        self, task: str, *, replicas: str | None = None, if_match: int | None = None
+    ) -> ChangeAnswer:
         """Make the version live that was live before."""
-        return self.send(exchanges.rollback(task), if_match=if_match)
+        return self.send(exchanges.rollback(task, replicas=replicas), if_match=if_match)
 
     def pin(
         self, task: str, version: str, *, pinned: bool = True, if_match: int | None = None
@@ -395,6 +415,7 @@ class AsyncClient(_Calls):
         bundle: Path,
         *,
         activate: bool = True,
+        replicas: str | None = None,
         if_match: int | None = None,
         on_progress: OnProgress = _ignore,
     ) -> RegistrationAnswer:
@@ -405,6 +426,7 @@ class AsyncClient(_Calls):
                 version,
                 bundle,
                 activate=activate,
+                replicas=replicas,
                 wait_s=self._wait_s,
                 on_progress=on_progress,
             ),
@@ -418,11 +440,14 @@ class AsyncClient(_Calls):
         source: str,
         *,
         activate: bool = True,
+        replicas: str | None = None,
         if_match: int | None = None,
     ) -> RegistrationAnswer:
         """Let the server get a bundle from a URL that it allows."""
         return await self.send(
-            exchanges.register_from(task, version, source, activate=activate, wait_s=self._wait_s),
+            exchanges.register_from(
+                task, version, source, activate=activate, replicas=replicas, wait_s=self._wait_s
+            ),
             if_match=if_match,
         )
 
@@ -447,10 +472,17 @@ class AsyncClient(_Calls):
             await asyncio.sleep(LOOK_AGAIN_S)
 
     async def set_alias(
-        self, task: str, alias: str, version: str, *, if_match: int | None = None
-    ) -> TaskAnswer:
+        self,
+        task: str,
+        alias: str,
+        version: str,
+        *,
+        replicas: str | None = None,
+        if_match: int | None = None,
+    ) -> ChangeAnswer:
         """Let an alias name a version; `live` is one."""
-        return await self.send(exchanges.set_alias(task, alias, version), if_match=if_match)
+        exchange = exchanges.set_alias(task, alias, version, replicas=replicas)
+        return await self.send(exchange, if_match=if_match)
 
     async def delete_alias(
         self, task: str, alias: str, *, if_match: int | None = None
@@ -458,9 +490,11 @@ class AsyncClient(_Calls):
         """Forget an alias."""
         return await self.send(exchanges.delete_alias(task, alias), if_match=if_match)
 
-    async def rollback(self, task: str, *, if_match: int | None = None) -> TaskAnswer:
+    async def rollback(
+        self, task: str, *, replicas: str | None = None, if_match: int | None = None
+    ) -> ChangeAnswer:
         """Make the version live that was live before."""
-        return await self.send(exchanges.rollback(task), if_match=if_match)
+        return await self.send(exchanges.rollback(task, replicas=replicas), if_match=if_match)
 
     async def pin(
         self, task: str, version: str, *, pinned: bool = True, if_match: int | None = None
@@ -497,7 +531,7 @@ def _read(exchange: Exchange[T], response: httpx.Response) -> T:
     if response.is_error:
         raise RefusedError(response.status_code, _problem(response))
     try:
-        if response.status_code == httpx.codes.ACCEPTED:
+        if exchange.outlasts and response.status_code == httpx.codes.ACCEPTED:
             raise StillRunningError(OperationAnswer.model_validate_json(response.content))
         if response.is_success:
             return exchange.read(response.content)

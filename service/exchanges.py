@@ -21,6 +21,7 @@ from service.wire.route_schemas import RouteResponse
 from service.wire.schemas import ClassifyOptions, ClassifyResponse
 from service.wire.signal_schemas import UsageAnswer
 from service.wire.task_schemas import (
+    ChangeAnswer,
     OperationAnswer,
     OperationsAnswer,
     RegistrationAnswer,
@@ -96,8 +97,9 @@ class AwaitedUpload:
 class Exchange(Generic[T]):
     """One request, and what its answer's body means; `options` are httpx's.
 
-    `long` is a change that may have to bring a version to the device first; `again` tells whether
-    a second attempt does no harm, and is answered like the first, after one whose answer was lost.
+    `long` is a change that may have to bring a version to the device first; `outlasts` one that
+    goes on as an operation if it takes too long; `again` tells whether a second attempt does no
+    harm, and is answered like the first, after one whose answer was lost.
     """
 
     method: str
@@ -106,6 +108,7 @@ class Exchange(Generic[T]):
     options: Mapping[str, Any] = field(default_factory=dict)
     upload: Upload | None = None
     long: bool = False
+    outlasts: bool = False
     again: bool = True
 
     @property
@@ -153,7 +156,14 @@ def usage(name: str) -> Exchange[UsageAnswer]:
 
 
 def register(
-    name: str, version: str, bundle: Path, *, activate: bool, wait_s: float, on_progress: OnProgress
+    name: str,
+    version: str,
+    bundle: Path,
+    *,
+    activate: bool,
+    replicas: str | None,
+    wait_s: float,
+    on_progress: OnProgress,
 ) -> Exchange[RegistrationAnswer]:
     """Upload a bundle as a version of a task."""
     upload = Upload(bundle, on_progress)
@@ -162,7 +172,7 @@ def register(
             "Content-Type": "application/octet-stream",
             "Content-Length": str(upload.size_bytes),
         },
-        "params": {"activate": activate, "wait": wait_s},
+        "params": {"activate": activate, "wait": wait_s, **_wanted(replicas)},
     }
     return Exchange(
         "PUT",
@@ -171,17 +181,19 @@ def register(
         options,
         upload=upload,
         long=True,
+        outlasts=True,
         again=False,
     )
 
 
 def register_from(
-    name: str, version: str, source: str, *, activate: bool, wait_s: float
+    name: str, version: str, source: str, *, activate: bool, replicas: str | None, wait_s: float
 ) -> Exchange[RegistrationAnswer]:
     """Let the server get a bundle from a URL that it allows."""
-    options = {"json": {"source": source}, "params": {"activate": activate, "wait": wait_s}}
+    params = {"activate": activate, "wait": wait_s, **_wanted(replicas)}
+    options = {"json": {"source": source}, "params": params}
     path = _task(name, "versions", version)
-    return Exchange("PUT", path, _model(RegistrationAnswer), options, long=True)
+    return Exchange("PUT", path, _model(RegistrationAnswer), options, long=True, outlasts=True)
 
 
 def operation(id: str) -> Exchange[OperationAnswer]:
@@ -199,10 +211,12 @@ def operations() -> Exchange[OperationsAnswer]:
     return Exchange("GET", "/v1/operations", _model(OperationsAnswer))
 
 
-def set_alias(name: str, alias: str, version: str) -> Exchange[TaskAnswer]:
+def set_alias(
+    name: str, alias: str, version: str, *, replicas: str | None
+) -> Exchange[ChangeAnswer]:
     """Let an alias name a version; `live` is one."""
-    path, body = _task(name, "aliases", alias), {"version": version}
-    return Exchange("PUT", path, _model(TaskAnswer), {"json": body}, long=True)
+    options = {"json": {"version": version}, "params": _wanted(replicas)}
+    return Exchange("PUT", _task(name, "aliases", alias), _model(ChangeAnswer), options, long=True)
 
 
 def delete_alias(name: str, alias: str) -> Exchange[TaskAnswer]:
@@ -210,10 +224,10 @@ def delete_alias(name: str, alias: str) -> Exchange[TaskAnswer]:
     return Exchange("DELETE", _task(name, "aliases", alias), _model(TaskAnswer), again=False)
 
 
-def rollback(name: str) -> Exchange[TaskAnswer]:
+def rollback(name: str, *, replicas: str | None) -> Exchange[ChangeAnswer]:
     """Make the version live that was live before; a second attempt would go back twice."""
-    path = f"{_task(name)}:rollback"
-    return Exchange("POST", path, _model(TaskAnswer), long=True, again=False)
+    path, options = f"{_task(name)}:rollback", {"params": _wanted(replicas)}
+    return Exchange("POST", path, _model(ChangeAnswer), options, long=True, again=False)
 
 
 def pin(name: str, version: str, *, pinned: bool) -> Exchange[TaskAnswer]:
@@ -266,6 +280,11 @@ def _with_images(
     chosen = options.model_dump(exclude_none=True, include=only)
     form = {name: _text(value) for name, value in chosen.items()}
     return Exchange("POST", path, _model(answer), {"files": files, "data": form})
+
+
+def _wanted(replicas: str | None) -> dict[str, str]:
+    """How many replicas have to have a change before it is answered, if that was asked for."""
+    return {} if replicas is None else {"replicas": replicas}
 
 
 def _task(name: str, *parts: str) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "IfMatch",
     "Json",
     "ReadKey",
+    "Replicas",
     "Url",
     "err",
     "fail",
@@ -46,6 +47,10 @@ IfMatch = Annotated[
     typer.Option(
         help="Only if the task has not changed since: the generation that `task show` names."
     ),
+]
+Replicas = Annotated[
+    str | None,
+    typer.Option(help="Wait until so many replicas have it: all, majority, or a number."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON.")]
 

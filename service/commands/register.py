@@ -19,6 +19,7 @@ from service.commands.console import (
     DEFAULT_URL,
     AdminKey,
     IfMatch,
+    Replicas,
     Url,
     err,
     fail,
@@ -45,6 +46,7 @@ def register(
         str | None, typer.Option(help="Its task, of a bundle that the server gets by itself.")
     ] = None,
     version: Annotated[str | None, typer.Option(help="Its version, likewise.")] = None,
+    replicas: Replicas = None,
     if_match: IfMatch = None,
 ) -> None:
     """Upload a bundle, or let the server get it; it is proven before anything is answered from it.
@@ -52,7 +54,7 @@ def register(
     With --task and --version the bundle is a URL, or a path on the server, under one of its
     MEDLEY_BUNDLE_SOURCES.
     """
-    options = {"activate": activate, "if_match": if_match}
+    options = {"activate": activate, "replicas": replicas, "if_match": if_match}
     if (task is None) != (version is None):
         fail("--task and --version go together")
     with one_line_errors(), open_client(url, key) as client, _progress() as progress:

@@ -13,7 +13,9 @@ from service.commands.console import (
     IfMatch,
     Json,
     ReadKey,
+    Replicas,
     Url,
+    err,
     fail,
     one_line_errors,
     open_client,
@@ -24,7 +26,7 @@ from service.commands.register import register
 from service.commands.rollout import rollout_commands
 
 if TYPE_CHECKING:
-    from service.wire.task_schemas import TaskAnswer, VersionAnswer
+    from service.wire.task_schemas import ChangeAnswer, VersionAnswer
 
 __all__ = ["task_commands"]
 
@@ -98,11 +100,12 @@ def activate(
     version: str,
     url: Url = DEFAULT_URL,
     key: AdminKey = None,
+    replicas: Replicas = None,
     if_match: IfMatch = None,
 ) -> None:
     """Make a registered version live."""
     with one_line_errors(), open_client(url, key) as client:
-        _say_live(client.set_alias(task, "live", version, if_match=if_match))
+        _say_live(client.set_alias(task, "live", version, replicas=replicas, if_match=if_match))
 
 
 @task_commands.command()
@@ -129,11 +132,15 @@ def alias(
 
 @task_commands.command()
 def rollback(
-    task: str, url: Url = DEFAULT_URL, key: AdminKey = None, if_match: IfMatch = None
+    task: str,
+    url: Url = DEFAULT_URL,
+    key: AdminKey = None,
+    replicas: Replicas = None,
+    if_match: IfMatch = None,
 ) -> None:
     """Make the version live that was live before."""
     with one_line_errors(), open_client(url, key) as client:
-        _say_live(client.rollback(task, if_match=if_match))
+        _say_live(client.rollback(task, replicas=replicas, if_match=if_match))
 
 
 @task_commands.command()
@@ -195,8 +202,15 @@ def operations(url: Url = DEFAULT_URL, key: ReadKey = None, as_json: Json = Fals
     out.print(table)
 
 
-def _say_live(answer: TaskAnswer) -> None:
+def _say_live(answer: ChangeAnswer) -> None:
     out.print(f"{answer.task}: live is {answer.live}")
+    spread = answer.replicas
+    if spread is not None:
+        out.print(f"{spread.reached} of {spread.alive} replicas have it, {spread.wanted} wanted")
+        for one in spread.failed:
+            err.print(f"{one.name or one.replica}: {one.reason}", markup=False, highlight=False)
+        if spread.reached < spread.wanted:
+            raise typer.Exit(1)
 
 
 def _state(version: VersionAnswer) -> str:

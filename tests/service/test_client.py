@@ -172,7 +172,13 @@ class TestOfAServer:
         path.write_bytes(make(task=task)[1])
         client = open_client(server.url)
         upload = exchanges.register(
-            task, "1", path, activate=True, wait_s=0, on_progress=lambda sent_bytes: None
+            task,
+            "1",
+            path,
+            activate=True,
+            replicas=None,
+            wait_s=0,
+            on_progress=lambda sent_bytes: None,
         )
 
         with pytest.raises(StillRunningError) as running:
@@ -224,6 +230,25 @@ class TestOfAServer:
             with pytest.raises(RefusedError) as refused:
                 open_client(keyed_server.url, key=key).register("x", "1", path)
             assert refused.value.code == "unauthorized"
+
+
+def test_a_change_is_answered_once_so_many_replicas_have_it(
+    server: ServerProcess, open_client: Open, make: MakeBundle, tmp_path: Path
+) -> None:
+    path = tmp_path / "1.safetensors"
+    path.write_bytes(make(task="spread")[1])
+    client = open_client(server.url)
+
+    registered = client.register("spread", "1", path, replicas="all")
+    named = client.set_alias("spread", "second", "1", replicas="1")
+    with pytest.raises(RefusedError) as refused:
+        client.set_alias("spread", "live", "1", replicas="2")
+
+    for answer in (registered, named):
+        assert answer.replicas is not None
+        assert (answer.replicas.reached, answer.replicas.alive) == (1, 1)
+    assert refused.value.code == "too_few_replicas"
+    client.delete("spread")
 
 
 def test_two_hundred_images_at_once(server: ServerProcess, image: bytes) -> None:
