@@ -25,7 +25,7 @@ from service.versions.store import BundleStore
 __all__ = ["Collected", "Collector"]
 
 log = logging.getLogger(__name__)
-EVERY_S = 300.0
+FIRST_S, EVERY_S = 10.0, 300.0  # the first soon, so that what is lost is seen soon
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ class Collector:
         self._keep_s = keep_s
         self._metrics = metrics
 
-    async def run(self, *, every_s: float = EVERY_S) -> None:
+    async def run(self, *, first_s: float = FIRST_S, every_s: float = EVERY_S) -> None:
         """Collect again and again until cancelled; what goes wrong is tried again next time."""
+        pause_s = first_s
         while True:
-            await asyncio.sleep(every_s * random.uniform(0.8, 1.2))
+            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+            pause_s = every_s
             try:
                 await asyncio.wrap_future(run_apart(self.collect, name="collector"))
             except MedleyError as error:

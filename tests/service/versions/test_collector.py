@@ -402,7 +402,7 @@ def test_collecting_goes_on_after_a_failure_until_it_is_stopped(opened: Open) ->
                     loop.call_soon_threadsafe(third.set)
 
         one.between = between
-        running = asyncio.create_task(one.collector.run(every_s=0.01))
+        running = asyncio.create_task(one.collector.run(first_s=0, every_s=0.01))
         async with asyncio.timeout(10):
             await third.wait()
         running.cancel()
