@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from PIL import Image
 
 from deploy.grafana.panels import COLUMNS, Board, Panel, Place, Unit
@@ -33,7 +32,7 @@ PLAIN: tuple[Unit, ...] = ("requests/s", "images/s", "1/s", "cores")  # told onc
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # equal curves stay to be seen under one another
 LEGENDS = 9  # names under a panel; more are told by their number
 TOP_IN = 0.62
-SWATCH_IN = 0.2
+SWATCH_IN = 0.24
 
 
 def png(board: Board, source: Source) -> bytes:
@@ -191,7 +190,7 @@ def _curves(card: Axes, panel: Panel, source: Source) -> None:
         axes.axhline(panel.limit, color="#c4162a", lw=0.8, ls=(0, (4, 3)))
     _scale(axes, panel, found, source)
     if _has_legend(names, panel):
-        _legend(card, axes, names, panel)
+        _legend(card, names, panel)
 
 
 def _has_legend(names: Sequence[str], panel: Panel) -> bool:
@@ -203,29 +202,14 @@ def _legend_columns(panel: Panel) -> int:
 
 
 def _plot(axes: Axes, found: Sequence[Series], source: Source, *, stacked: bool) -> None:
-    times_s = _grid(source)
-    values = [_on(times_s, one) for one in found]
+    times_s = source.span.times_s
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(found))]
     if stacked:
-        filled = [np.nan_to_num(one) for one in values]
+        filled = [np.nan_to_num(one.values) for one in found]
         axes.stackplot(times_s, *filled, colors=colours, alpha=0.55, lw=0)
         return
-    for number, (one, colour) in enumerate(zip(values, colours, strict=True)):
-        axes.plot(times_s, one, color=colour, lw=1.4, ls=STYLES[number % len(STYLES)])
-
-
-def _grid(source: Source) -> list[float]:
-    span = source.span
-    count = int((span.end_s - span.begin_s) / span.step_s) + 1
-    return [span.begin_s + number * span.step_s for number in range(count)]
-
-
-def _on(times_s: Sequence[float], series: Series) -> NDArray[np.float64]:
-    """Values at these times; nothing where there is none."""
-    found = {
-        round(time_s, 2): value for time_s, value in zip(series.times_s, series.values, strict=True)
-    }
-    return np.array([found.get(round(time_s, 2), math.nan) for time_s in times_s])
+    for number, (one, colour) in enumerate(zip(found, colours, strict=True)):
+        axes.plot(times_s, one.values, color=colour, lw=1.4, ls=STYLES[number % len(STYLES)])
 
 
 def _scale(axes: Axes, panel: Panel, found: Sequence[Series], source: Source) -> None:
@@ -236,6 +220,8 @@ def _scale(axes: Axes, panel: Panel, found: Sequence[Series], source: Source) ->
         axes.set_ylim(0, max(highest, 1.1 * limit) or 1)
     whole = panel.unit == "" and all(v == int(v) for v in finite)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    if panel.unit == "bytes" and max(finite) > 0:
+        axes.yaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2(max(finite) / 4))))
     unit: Unit = "" if panel.unit in PLAIN else panel.unit
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit)))
     axes.grid(axis="y", color=FRAME, lw=0.5)
@@ -256,38 +242,39 @@ def _times(axes: Axes, panel: Panel, source: Source) -> None:
     labels[-1].set_horizontalalignment("right")
 
 
-def _legend(card: Axes, axes: Axes, names: Sequence[str], panel: Panel) -> None:
+def _legend(card: Axes, names: Sequence[str], panel: Panel) -> None:
     """Names in columns along the lower edge of the card."""
-    columns, width_in = _legend_columns(panel), _size_in(card)[0]
+    columns, (width_in, height_in) = _legend_columns(panel), _size_in(card)
     told = list(names[:LEGENDS])
     if len(names) > LEGENDS:
         told.append(f"and {len(names) - LEGENDS} more")
     lines = math.ceil(len(told) / columns)
-    height_in = _size_in(card)[1]
+    column_in = (width_in - 0.2) / columns
+    most = int((column_in - SWATCH_IN - 0.1) * 20)
     for number, name in enumerate(told):
-        x_in = 0.12 + (number % columns) * (width_in - 0.2) / columns
+        x_in = 0.12 + (number % columns) * column_in
         y_in = height_in - 0.09 - 0.125 * (lines - 1 - number // columns)
-        colour = COLOURS[number % len(COLOURS)] if number < LEGENDS else "white"
-        card.plot(
-            [x_in / width_in, (x_in + SWATCH_IN) / width_in],
-            [1 - y_in / height_in] * 2,
-            color=colour,
-            lw=5 if panel.kind == "stacked" else 1.8,
-            alpha=0.55 if panel.kind == "stacked" else 1,
-            ls="-" if panel.kind == "stacked" else STYLES[number % len(STYLES)],
-            solid_capstyle="butt",
-            transform=card.transAxes,
-            scalex=False,
-            scaley=False,
-        )
-        most = int(((width_in - 0.2) / columns - SWATCH_IN - 0.05) * 20)
-        _text(
-            card,
-            x_in + 0.17,
-            y_in,
-            name if len(name) <= most else name[: most - 2] + "..",
-            size=6.2,
-        )
+        if number < LEGENDS:
+            _swatch(card, x_in, y_in, number, stacked=panel.kind == "stacked")
+        short = name if len(name) <= most else name[: most - 2] + ".."
+        _text(card, x_in + SWATCH_IN + 0.06, y_in, short, size=6.2)
+
+
+def _swatch(card: Axes, x_in: float, y_in: float, number: int, *, stacked: bool) -> None:
+    """A piece of a curve, as it is drawn."""
+    width_in, height_in = _size_in(card)
+    card.plot(
+        [x_in / width_in, (x_in + SWATCH_IN) / width_in],
+        [1 - y_in / height_in] * 2,
+        color=COLOURS[number % len(COLOURS)],
+        lw=5 if stacked else 1.6,
+        alpha=0.55 if stacked else 1,
+        ls="-" if stacked else STYLES[number % len(STYLES)],
+        solid_capstyle="butt",
+        transform=card.transAxes,
+        scalex=False,
+        scaley=False,
+    )
 
 
 def _heatmap(card: Axes, panel: Panel, source: Source) -> None:
@@ -297,8 +284,8 @@ def _heatmap(card: Axes, panel: Panel, source: Source) -> None:
     if not found:
         _nothing(card, panel)
         return
-    times_s = _grid(source)
-    at_most = np.array([np.nan_to_num(_on(times_s, one)) for one in found])
+    times_s = source.span.times_s
+    at_most = np.nan_to_num(np.array([one.values for one in found]))
     counts = np.diff(at_most, axis=0, prepend=0).clip(min=0)
     used = np.flatnonzero(counts.sum(axis=1) > 0)
     if not used.size:
@@ -329,5 +316,5 @@ def _bytes(figure: Figure) -> bytes:
     figure.savefig(buffer, format="png", dpi=DPI)
     small = io.BytesIO()
     with Image.open(buffer) as image:
-        image.convert("RGB").quantize(PALETTE).save(small, "PNG", optimize=True)
+        image.convert("RGB").quantize(PALETTE, kmeans=1).save(small, "PNG", optimize=True)
     return small.getvalue()

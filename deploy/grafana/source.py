@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,25 @@ class Span:
 
     @property
     def step_s(self) -> float:
-        """Between two points of a curve."""
-        return max(1.0, (self.end_s - self.begin_s) / POINTS)
+        """Between two points of a curve: whole seconds."""
+        return max(1.0, math.ceil((self.end_s - self.begin_s) / POINTS))
+
+    @property
+    def times_s(self) -> tuple[float, ...]:
+        """Of the points of a curve."""
+        count = int((self.end_s - self.begin_s) / self.step_s) + 1
+        return tuple(self.begin_s + number * self.step_s for number in range(count))
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve with its name and labels; an instant is a curve of one point."""
+    """One curve with its name and labels; an instant is a curve of one point.
+
+    `values` are those at the times of the span, NaN where there is none.
+    """
 
     name: str
     labels: Mapping[str, str]
-    times_s: tuple[float, ...]
     values: tuple[float, ...]
 
 
@@ -69,12 +78,12 @@ class Source:
         span = self.span
         asked = {"start": span.begin_s, "end": span.end_s, "step": span.step_s}
         found = self._ask("query_range", query, asked)
-        return [_series(query, one["metric"], one["values"]) for one in found]
+        return [self._curve(query, one) for one in found]
 
     def now(self, query: Query) -> list[Series]:
         """The series of a query at the end of the span."""
         found = self._ask("query", query, {"time": self.span.end_s})
-        return [_series(query, one["metric"], [one["value"]]) for one in found]
+        return [_series(query, one["metric"], [float(one["value"][1])]) for one in found]
 
     def expr(self, query: Query) -> str:
         """A query as it is sent."""
@@ -90,8 +99,13 @@ class Source:
             raise ValueError(f"{form['query']}: {body.get('error', answer.status_code)}")
         return list(body["data"]["result"])
 
+    def _curve(self, query: Query, one: Mapping[str, Any]) -> Series:
+        values = [math.nan] * len(self.span.times_s)
+        for time_s, value in one["values"]:
+            values[round((time_s - self.span.begin_s) / self.span.step_s)] = float(value)
+        return _series(query, one["metric"], values)
 
-def _series(query: Query, labels: Mapping[str, str], points: list[list[Any]]) -> Series:
-    times_s, values = zip(*((float(time_s), float(value)) for time_s, value in points), strict=True)
+
+def _series(query: Query, labels: Mapping[str, str], values: Sequence[float]) -> Series:
     name = re.sub(r"\{\{(\w+)\}\}", lambda found: labels.get(found[1], ""), query.legend)
-    return Series(name.strip(), labels, times_s, values)
+    return Series(name.strip(), labels, tuple(values))

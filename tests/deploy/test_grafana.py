@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,8 @@ from grafana_foundation_sdk.models import heatmap, stat, table, timeseries
 
 from deploy.grafana.boards import BOARDS
 from deploy.grafana.model import ME, dashboard, text
-from deploy.grafana.panels import COLUMNS, Board, Panel
+from deploy.grafana.panels import COLUMNS, Board, Panel, Unit
+from deploy.grafana.pictures import shown
 from tests.deploy.manifests import ROOT
 from tests.deploy.promql import RULES, alerts_of, known, problems, recorded_of
 
@@ -146,6 +148,23 @@ def test_limits_that_are_drawn_are_those_of_the_alerts() -> None:
     assert limits.keys() == drawn.keys()
     for title, alert in drawn.items():
         assert re.search(rf"[<>] {limits[title]:g}(?!\S)", alerts[alert]["expr"]), alert
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "told"),
+    [
+        (0.1234, "share", "12.3 %"),
+        (0.0025, "s", "2.5 ms"),
+        (30, "s", "30 s"),
+        (3 * 2**30, "bytes", "3 GiB"),
+        (0, "bytes", "0 B"),
+        (12345, "images/s", "12,345 images/s"),
+        (3, "", "3"),
+        (math.nan, "s", "none"),
+    ],
+)
+def test_numbers_are_written_as_people_do(value: float, unit: Unit, told: str) -> None:
+    assert shown(value, unit) == told
 
 
 def test_the_page_shows_every_dashboard() -> None:

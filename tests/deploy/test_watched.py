@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deploy.grafana.boards import BOARDS
+from deploy.grafana.panels import Query
 from deploy.grafana.pictures import png
 from deploy.grafana.source import Series, Source, Span
 from tests.deploy.traffic import SETTINGS, asking, register, stir
@@ -85,13 +85,25 @@ def test_every_query_of_every_dashboard_has_data(
 def test_a_server_is_read_with_its_key_and_not_with_another(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    cluster.start_all("right", read_key=KEY)
-    cluster.start_all("wrong", read_key="another")
+    for name, key in {"right": KEY, "wrong": "another"}.items():
+        cluster.start(name, read_key=key)
+    for replica in cluster.all:
+        replica.await_ready()
     with watched(cluster, tmp_path / "prometheus", QUICK) as prometheus:
         seen = {name: f'up{{job="medley", instance="{name}"}}' for name in cluster.replicas}
         eventually(lambda: None not in map(prometheus.value, seen.values()))
 
         assert {name: prometheus.value(up) for name, up in seen.items()} == {"right": 1, "wrong": 0}
+
+
+def test_a_curve_has_every_point_of_its_span(tmp_path: Path) -> None:
+    with watching(tmp_path / "prometheus", {}, pace=QUICK) as prometheus:
+        for long_s in (17.3, 240.0, 251.7, 3600.5):
+            span = Span(1.8e9 + 0.123, 1.8e9 + 0.123 + long_s)
+            (curve,) = Source(prometheus.http, span).curves(Query("time()"))
+
+            assert curve.values == pytest.approx(span.times_s)
+            assert span.end_s - span.times_s[-1] < span.step_s
 
 
 def test_a_dashboard_is_drawn_and_one_without_numbers_too(tmp_path: Path) -> None:
@@ -162,11 +174,16 @@ class TestTheRightAlertFires:
         fires(prometheus, "MedleySelfTestFailed")
         falls_silent(prometheus)
 
-    def test_when_the_store_is_away(self, three: Cluster, prometheus: Prometheus) -> None:
+    def test_when_the_store_is_away(
+        self, three: Cluster, prometheus: Prometheus, make: MakeBundle
+    ) -> None:
+        """It is noticed by who uses it."""
+        http, data = three.replicas["a"].http, make(task="guest")[1]
         aside = three.bundles.rename(three.folder / "aside")
+        assert put(http, data, "guest").status_code == 503
         fires(prometheus, "MedleyStoreDown")
-        shutil.rmtree(three.bundles, ignore_errors=True)
         aside.rename(three.bundles)
+        put(http, data, "guest").raise_for_status()
         falls_silent(prometheus)
 
 
