@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.deploy.manifests import tool
-from tests.redis_server import free_port
+from tests.deploy.haproxy import SETTINGS, haproxy, haproxy_before
 
-SETTINGS = Path(__file__).parents[2] / "deploy" / "compose" / "haproxy.cfg"
 LIMIT_S = 15.0
 
 
@@ -50,9 +47,7 @@ class Replica:
 def listening(replica: Replica) -> Iterator[None]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = (
-            -1
-        )  # an answer in one piece: the proxy's check hears no more than its status
+        wbufsize = -1  # an answer in one piece: the proxy's check hears no more than its status
 
         def do_GET(self) -> None:
             replica.answer(self)
@@ -103,18 +98,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
     with ExitStack() as stack:
         for replica in replicas:
             stack.enter_context(listening(replica))
-        port = free_port()
-        settings = SETTINGS.read_text().replace("bind :8080", f"bind 127.0.0.1:{port}")
-        settings = settings.replace("check inter 1s", "check inter 50ms")
-        for replica in replicas:
-            settings = settings.replace(f"{replica.name}:8000", f"127.0.0.1:{replica.port}")
-        file = tmp_path_factory.mktemp("proxy") / "haproxy.cfg"
-        file.write_text(settings)
-        command = [tool("haproxy", "haproxy, by apt"), "-db", "-f", str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}"))
+        ports = {replica.name: replica.port for replica in replicas}
+        folder = tmp_path_factory.mktemp("proxy")
+        url = stack.enter_context(haproxy_before(ports, folder, look_every="50ms"))
+        client = stack.enter_context(httpx.Client(base_url=url))
         yield Proxied(client, *replicas)
 
 
@@ -137,7 +124,7 @@ def _reaches_both(proxied: Proxied) -> bool:
 
 
 def test_haproxy_accepts_the_file_as_it_is() -> None:
-    command = [tool("haproxy", "haproxy, by apt"), "-c", "-f", str(SETTINGS)]
+    command = [haproxy(), "-c", "-f", str(SETTINGS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
