@@ -44,7 +44,7 @@ from service.versions.reconciler import Reconciler
 from service.versions.redis_registry import RedisRegistry
 from service.versions.registry import Registry
 from service.versions.residency import Residency
-from service.versions.shared import Shared, open_shared
+from service.versions.shared import Shared, open_shared, watch
 from service.versions.sources import Sources
 from service.versions.store import BundleStore
 from service.versions.tasks import Tasks
@@ -116,7 +116,7 @@ class Startup:
         )
         labels = self._make_labels(classifier.model, engine)
         follower.start()
-        self._start_collector(shared, registry, store, board)
+        self._look_after_store(shared, registry, store, board)
         return Service(
             settings=self._settings,
             backbone=backbone,
@@ -226,7 +226,7 @@ class Startup:
         self._stack.push_async_callback(end)
         return told
 
-    def _start_collector(
+    def _look_after_store(
         self, shared: Shared | None, registry: Registry, store: BundleStore, board: Board
     ) -> None:
         if shared is None:
@@ -239,11 +239,17 @@ class Startup:
             keep_s=self._settings.keep_unused_s,
             metrics=self._metrics,
         )
-        running = asyncio.create_task(collector.run(), name="collector")
+        running = [
+            asyncio.create_task(collector.run(), name="collector"),
+            asyncio.create_task(
+                watch(shared.blobs, every_s=self._settings.replica_ttl_s), name="store-watch"
+            ),
+        ]
 
         async def end() -> None:
-            running.cancel()
-            await asyncio.wait([running])
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
 
         self._stack.push_async_callback(end)
 

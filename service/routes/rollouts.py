@@ -40,6 +40,7 @@ async def start(
 ) -> RolloutAnswer:
     """Try a registered version on a share of the live version's images, in place of any other."""
     wanted = await read_json(Rollout, request, service)
+    await service.tasks.catch_up()
     snapshot = service.tasks.live.snapshot
     key = snapshot.key(task, wanted.version)
     if key[1] != wanted.version:
@@ -56,6 +57,7 @@ async def start(
 @routes.delete("/{task}/rollout", status_code=204)
 async def stop(task: str, service: CurrentService, if_match: IfMatchHeader = None) -> None:
     """End the rollout; the live version stays."""
+    await service.tasks.catch_up()
     _record(service.tasks.live.snapshot, task)
     await service.tasks.set_rollout(task, None, if_match=etags.if_match(if_match))
 
@@ -65,6 +67,7 @@ async def promote(
     task: str, service: CurrentService, response: Response, if_match: IfMatchHeader = None
 ) -> RolloutAnswer:
     """Make the candidate live and end the rollout, also one that has been stopped."""
+    await service.tasks.catch_up()
     record = _record(service.tasks.live.snapshot, task)
     answer = _answer(service.tasks.live.snapshot, task, service.rollouts, response)
     version = record.rollout.version

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class Residency:
         self._ahead: dict[str, Resident] = {}  # loaded for it, by digest; nobody sees them yet
         self._refused: dict[str, str] = {}  # what it will have as failed: why, by digest
         self._attempts: Counter[Key] = Counter()  # loads that failed since one did not
+        self._squeezed: set[Key] = set()  # failed, as there was no room: another state may have it
         self.lacking: dict[Key, str] = {}  # what could not be had for it at the last try: why
         self._held: Counter[Key] = Counter()  # not to be evicted: somebody is about to use it
         self._bringing: dict[Key, asyncio.Task[None]] = {}
@@ -106,12 +107,14 @@ class Residency:
         self._coming, self.lacking = protected(desired), {}
         try:
             self._let_go(desired)
-            late = [one for one in self._missing(desired) if not await self._had(one)]
+            missing = self._missing(desired, again=self._squeezed)
+            late = [one for one in missing if not await self._had(one)]
             self._flip_ahead(desired)
             for record in late:
                 await self._bring_late(record)
         finally:
             self._coming = frozenset()
+            self._squeezed &= self.live.snapshot.failed.keys()
 
     @property
     def complete(self) -> bool:
@@ -233,7 +236,7 @@ class Residency:
         known = desired.records
         self._attempts = Counter({key: n for key, n in self._attempts.items() if key in known})
 
-    def _missing(self, desired: Desired) -> list[VersionRecord]:
+    def _missing(self, desired: Desired, *, again: Collection[Key] = ()) -> list[VersionRecord]:
         """What a state protects and is neither here nor known not to work; live ones first."""
         before, live = protected(self.live.snapshot.desired), set(desired.live.items())
         keys = sorted(protected(desired) & desired.records.keys(), key=lambda k: (k not in live, k))
@@ -243,7 +246,10 @@ class Residency:
             for record in records
             if not self._has(record)
             and record.digest not in self._ahead.keys() | self._refused.keys()
-            and not (self._has_failed(record) and (record.task, record.version) in before)
+            and not (
+                self._has_failed(record)
+                and (record.task, record.version) in before.difference(again)
+            )
         ]
 
     def _has(self, record: VersionRecord) -> bool:
@@ -320,6 +326,7 @@ class Residency:
             await self.bring((record.task, record.version), again=True)
         except CapacityError as error:
             self._fail(record, error)
+            self._squeezed.add((record.task, record.version))
         except UnavailableError as error:
             if error.code != "version_failed":
                 raise

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from service.errors import RegistryError, ServiceError, StorageError, UnavailableError
 from service.settings import Settings
-from service.versions.blobs import Blobs
+from service.versions.blobs import ID_FILE, Blobs
 from service.versions.ledger import Ledger
 from service.versions.redis_client import Client, connect, redis_errors
 from service.versions.shared_store import SharedStore
 
-__all__ = ["Shared", "open_shared"]
+__all__ = ["Shared", "open_shared", "watch"]
 
 PAUSE_S = 0.5  # between two tries
 T = TypeVar("T")
@@ -90,3 +91,11 @@ async def _patiently(make: Callable[[], T], until_s: float, at: Callable[[str], 
                 raise ServiceError(str(error)) from error
             at(f"waiting: {error}")
         await asyncio.sleep(PAUSE_S)
+
+
+async def watch(blobs: Blobs, *, every_s: float) -> None:
+    """Look again and again whether the bundle store can be used: nobody may need it for hours."""
+    while True:
+        await asyncio.sleep(every_s)
+        with suppress(StorageError):  # `up` says so
+            await asyncio.to_thread(blobs.has, ID_FILE)

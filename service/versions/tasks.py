@@ -54,6 +54,11 @@ class Wanted:
     if_match: IfMatch | None = None
     only_new: bool = False  # not even the very same bundle may be there
 
+    @property
+    def key(self) -> Key:
+        """Task and version."""
+        return self.task, self.version
+
     def check(self, desired: Desired) -> None:
         """Tell before the first byte what can be told.
 
@@ -360,23 +365,44 @@ class Tasks:
         return self.live.snapshot
 
     async def _take_in(self, wanted: Wanted, upload: Upload, bundle: Bundle) -> Registered:
+        found = await self._found(wanted, bundle.digest)
+        if found is not None:
+            return found
+        key = (wanted.task, wanted.version)
+        known = self.live.snapshot.desired.records.get(key)
+        record = known or VersionRecord(*key, bundle.digest, now(), upload.size_bytes)
+        await asyncio.to_thread(self._store.keep, upload, bundle.digest)
+        self._on_step("stored")
+        try:
+            await self._admit_and_commit(record, bundle, wanted, new=known is None)
+        except ConflictError:  # another replica may have been faster, with the very same bundle
+            await self._reconciler.catch_up()
+            found = await self._found(wanted, bundle.digest)
+            if found is None:
+                raise
+            return found
+        return Registered(record, created=known is None, snapshot=self.live.snapshot)
+
+    async def _found(self, wanted: Wanted, digest: str) -> Registered | None:
+        """The answer where that very bundle is there and works; live now, if it is to be.
+
+        Raises:
+            ConflictError: that version exists with another digest.
+            RequestError, PreconditionError: see `Wanted.check`.
+        """
         wanted.check(self.live.snapshot.desired)
         snapshot, key = self.live.snapshot, (wanted.task, wanted.version)
         known = snapshot.desired.records.get(key)
-        if known is not None and known.digest != bundle.digest:
+        if known is not None and known.digest != digest:
             raise ConflictError(
                 f"version {wanted.version} of {wanted.task} exists with another digest",
                 code="version_exists",
             )
-        if known is not None and key not in snapshot.failed:
-            if wanted.activate:
-                snapshot = await self._set_alias(key, LIVE, wanted.if_match)
-            return Registered(known, created=False, snapshot=snapshot)
-        record = known or VersionRecord(*key, bundle.digest, now(), upload.size_bytes)
-        await asyncio.to_thread(self._store.keep, upload, bundle.digest)
-        self._on_step("stored")
-        await self._admit_and_commit(record, bundle, wanted, new=known is None)
-        return Registered(record, created=known is None, snapshot=self.live.snapshot)
+        if known is None or key in snapshot.failed:
+            return None
+        if wanted.activate:
+            snapshot = await self._set_alias(key, LIVE, wanted.if_match)
+        return Registered(known, created=False, snapshot=snapshot)
 
     async def _admit_and_commit(
         self, record: VersionRecord, bundle: Bundle, wanted: Wanted, *, new: bool

@@ -131,6 +131,40 @@ def test_a_change_on_one_that_lags_is_made_of_what_is_there_by_now(
         assert (stale.status_code, stale.json()["code"]) == (412, "precondition_failed")
 
 
+def test_the_same_bundle_given_to_all_at_once_is_registered_once(
+    three: list[httpx.Client], make: MakeBundle
+) -> None:
+    for version in "12345":
+        data = make(version=version, seed=int(version))[1]
+        with ThreadPoolExecutor() as threads:
+            answers = list(threads.map(lambda http: put(http, data, version=version), three))  # noqa: B023
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 201]
+    until_at(three[0], 5)
+    assert versions_of(three[0])["pets@5"] == "live"
+    assert generation(three[0]) == 5
+
+
+def test_a_rollout_is_everybodys(three: list[httpx.Client], make: MakeBundle) -> None:
+    put(three[0], make()[1])
+    url = "/v1/tasks/pets/versions/2?activate=false"
+    three[1].put(url, content=make(version="2", seed=2)[1])
+    assert three[2].put("/v1/tasks/pets/rollout", json={"version": "2"}).status_code == 200
+    for http in three:
+        until_at(http, 3)
+        assert http.get("/v1/tasks/pets/rollout").json()["wanted"]["version"] == "2"
+        until(lambda http=http: "pets@2" in on_device(http))  # type: ignore[misc]
+    assert three[0].post("/v1/tasks/pets/rollout:promote").json()["live"] == "2"
+    until_at(three[1], 5)
+    assert three[1].get("/v1/tasks/pets/rollout").json()["code"] == "no_rollout"
+
+
+def on_device(http: httpx.Client) -> set[str]:
+    """The versions that a replica has on its device, as task@version."""
+    tasks = http.get("/v1/tasks").json()["tasks"]
+    found = ((t["task"], v) for t in tasks for v in t["versions"])
+    return {f"{task}@{v['version']}" for task, v in found if v["tier"] == "device"}
+
+
 def test_replicas_say_who_serves_what(three: list[httpx.Client], make: MakeBundle) -> None:
     bundle, data = make()
     put(three[0], data, version="1")
