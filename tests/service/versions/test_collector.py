@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -244,9 +243,7 @@ def test_a_deletion_that_nobody_ended_ends_by_itself(opened: Open) -> None:
     one.ledger.mark(DIGESTS[:1])
     assert one.ledger.condemn(DIGESTS[0], desired=one.registry.read(), keep_s=0)
 
-    begun_s = time.monotonic()
     other.ledger.announce(DIGESTS[0])
-    assert time.monotonic() - begun_s < 4
 
 
 def test_one_replica_at_a_time_collects(opened: Open) -> None:
@@ -312,7 +309,7 @@ def test_a_store_that_is_away_is_not_taken_for_an_empty_one(opened: Open, tmp_pa
 def test_a_deletion_that_fails_is_tried_again_and_nothing_arrives_meanwhile(
     opened: Open, tmp_path: Path
 ) -> None:
-    one, other = opened("one", condemned_s=0.5), opened("other", condemned_s=0.1)
+    one, other = opened("one", condemned_s=60), opened("other", condemned_s=0.1)
     one.register(0)
     one.delete(0)
     one.between = lambda: (tmp_path / "shared").rename(tmp_path / "away")
@@ -323,7 +320,7 @@ def test_a_deletion_that_fails_is_tried_again_and_nothing_arrives_meanwhile(
     with pytest.raises(StorageError, match="being deleted"):
         other.ledger.announce(DIGESTS[0])
 
-    one.ledger.announce(DIGESTS[0])  # waits until nobody can be deleting it any more
+    one.client.delete(f"{key(one.prefix, 'condemned')}:{DIGESTS[0]}")  # as if a minute had passed
     assert one.collect().deleted == {DIGESTS[0]}
 
 
