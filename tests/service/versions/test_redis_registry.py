@@ -24,6 +24,8 @@ from service.errors import (
 from service.versions.blobs import ID_FILE
 from service.versions.desired import Desired, IfMatch
 from service.versions.document import State
+from service.versions.hints import listen
+from service.versions.redis_client import connect
 from service.versions.redis_registry import RedisRegistry
 from tests.redis_server import RedisServer, wait_until
 from tests.redis_server import redis_server as running_redis
@@ -143,6 +145,20 @@ def test_who_listens_hears_of_changes_and_that_listening_has_begun(lone: Cluster
     assert hints.acquire(timeout=5)  # begun anew: something may have been missed
     register(other, "b")
     assert hints.acquire(timeout=5)
+
+
+def test_who_listens_to_a_silent_redis_listens_anew(lone: Cluster) -> None:
+    """Nobody has said anything, and no connection broke: only its silence tells."""
+    hints = threading.Semaphore(0)
+    with closing(connect(lone.server.url, timeout_s=0.3)) as client:
+        end = listen(client, "silence", hints.release, check_s=0.4)
+        assert hints.acquire(timeout=5)
+        assert not hints.acquire(timeout=1)  # it answers, and that is no hint
+        lone.server.freeze()
+        assert not hints.acquire(timeout=1.5)
+        lone.server.thaw()
+        assert hints.acquire(timeout=5)
+        end()
 
 
 @contextmanager
