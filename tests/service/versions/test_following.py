@@ -151,7 +151,7 @@ def test_a_rollout_is_everybodys(three: list[httpx.Client], make: MakeBundle) ->
     assert three[2].put("/v1/tasks/pets/rollout", json={"version": "2"}).status_code == 200
     for http in three:
         until_at(http, 3)
-        assert http.get("/v1/tasks/pets/rollout").json()["wanted"]["version"] == "2"
+        assert http.get("/v1/tasks/pets/rollout").json()["rollout"]["version"] == "2"
         until(lambda http=http: "pets@2" in on_device(http))  # type: ignore[misc]
     assert three[0].post("/v1/tasks/pets/rollout:promote").json()["live"] == "2"
     until_at(three[1], 5)
