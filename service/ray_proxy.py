@@ -1,7 +1,7 @@
 """What Ray's HTTP proxy gets from us: its own failures said as Medley says them.
 
-A replica that dies takes its requests with it, and Ray's proxy answers those with a bare 500, which
-no client should repeat. Here it becomes 503 with `Retry-After`, as it would be from a balancer.
+A replica that dies takes its requests with it, and Ray's proxy says nothing to those: its server
+makes that a bare 500, which no client should repeat. Here it is 503 with `Retry-After`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def middlewares() -> list[Middleware]:
 
 
 class LostReplicas:
-    """ASGI middleware: an error that no replica has written becomes a problem that may be retried.
+    """ASGI middleware: no answer, or an error that no replica has written, is a problem of ours.
 
     Every answer of a replica names the registry's generation, errors too.
     """
@@ -41,33 +41,42 @@ class LostReplicas:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        replaced = False
+        answer = _Answer(send)
+        await self._app(scope, receive, answer.send)
+        if not answer.begun:
+            await answer.fail()
 
-        async def send_on(message: Message) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start" and _is_rays_own(message):
-                replaced = True
-                for ours in _problem():
-                    await send(ours)
-            elif not replaced:
-                await send(message)
 
-        await self._app(scope, receive, send_on)
+class _Answer:
+    """One answer on its way to the client."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._replaced = False
+        self.begun = False
+
+    async def send(self, message: Message) -> None:
+        """Hand on what a replica says, and our problem for an error of Ray's own."""
+        if message["type"] == "http.response.start" and _is_rays_own(message):
+            self._replaced = True
+            await self.fail()
+        elif not self._replaced:
+            self.begun = True
+            await self._send(message)
+
+    async def fail(self) -> None:
+        """Say that the replica is gone."""
+        self.begun = True
+        body = json.dumps(PROBLEM).encode()
+        headers = [
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"retry-after", b"1"),
+        ]
+        await self._send({"type": "http.response.start", "status": int(STATUS), "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
 
 def _is_rays_own(start: Message) -> bool:
     failed: bool = start["status"] >= HTTPStatus.INTERNAL_SERVER_ERROR
     return failed and GENERATION_HEADER not in Headers(raw=start["headers"])
-
-
-def _problem() -> tuple[Message, Message]:
-    body = json.dumps(PROBLEM).encode()
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", b"1"),
-    ]
-    return (
-        {"type": "http.response.start", "status": int(STATUS), "headers": headers},
-        {"type": "http.response.body", "body": body},
-    )
