@@ -35,7 +35,7 @@ LOOK_EVERY_S = 0.02
 QUICK: dict[str, object] = {
     "poll_s": 0.3,
     "bundle_store_timeout_s": 0.5,
-    "registry_timeout_s": 0.5,
+    "registry_timeout_s": 1.0,
     "replica_ttl_s": 1.5,
     "generation_wait_s": 10.0,
     "drain_s": 2,

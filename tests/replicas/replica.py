@@ -18,7 +18,6 @@ import torch
 from medley.cli import main
 from medley.errors import MedleyError
 from service.app import create_app
-from service.commands.console import fail
 from service.server import serve
 from service.settings import Settings
 from service.signals import logs
@@ -61,7 +60,7 @@ def run_replica(orders: Orders, ready: Connection) -> None:
     try:
         serve(app, settings, on_ready=ready.send)
     except MedleyError as error:
-        fail(str(error), status=1)  # as the command ends
+        sys.exit(f"medley: {error}")  # as the command ends
 
 
 def run_command(words: list[str], environment: dict[str, str], log: Path) -> None:
