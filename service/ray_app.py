@@ -21,6 +21,7 @@ from ray.serve import Application
 from service.errors import ServiceError
 
 if TYPE_CHECKING:  # they bring torch
+    from medley.backbone import Backbone
     from service.settings import Settings
 
 __all__ = ["app", "application", "make_app", "own_folder", "replica_settings"]
@@ -48,14 +49,22 @@ def application(make: Callable[[], FastAPI]) -> Application:
     return serve.deployment(name="medley")(replica).bind()
 
 
-def make_app() -> FastAPI:
-    """Make this replica's app; Ray sends it requests when its lifespan has begun, so when ready."""
+def make_app(backbone: Backbone | None = None) -> FastAPI:
+    """Make this replica's app; Ray sends it requests when its lifespan has begun, so when ready.
+
+    Args:
+        backbone: instead of the one that the settings name.
+
+    Raises:
+        ServiceError: the replicas would share nothing, or tracing is not installed.
+        ValidationError: a setting is wrong.
+    """
     from service.app import create_app
     from service.signals import logs
 
     settings = replica_settings()
     logs.configure(settings.log_format, level=settings.log_level)
-    return create_app(settings)
+    return create_app(settings, backbone=backbone)
 
 
 def replica_settings() -> Settings:

@@ -8,10 +8,9 @@ from service import ray_app
 
 
 def make_app() -> FastAPI:
-    from service.app import create_app
     from tests.models import tiny_backbone
 
-    return create_app(ray_app.replica_settings(), backbone=tiny_backbone())
+    return ray_app.make_app(tiny_backbone())
 
 
 app = ray_app.application(make_app)
