@@ -443,7 +443,7 @@ TASKS = Board(
             "Tasks without series, overlaps",
             {
                 "counted as other": "max(medley_folded_tasks{ME})",
-                "overlap warnings": "sum(medley_overlap_warnings_total{ME})",
+                "overlaps found": "sum(increase(medley_overlap_warnings_total{ME}[RATE]))",
             },
             "Beyond MEDLEY_TASK_SERIES; tasks that would take each other's images.",
             width=8,
@@ -456,21 +456,6 @@ DEVICE = Board(
     "Medley: device, slots and memory",
     "What there is, and how much of it is taken.",
     (
-        panel(
-            "Device memory",
-            {"{{instance}} {{kind}}": "medley_device_memory_bytes{ME}"},
-            "Of a GPU: all of it, what is free, what torch reserves and uses.",
-            unit="bytes",
-            gpu_only=True,
-        ),
-        panel(
-            "Device memory that is free",
-            {"{{instance}}": "instance:medley_device_memory_free:ratio{ME}"},
-            "The line is MedleyDeviceMemory's limit.",
-            unit="share",
-            limit=0.03,
-            gpu_only=True,
-        ),
         panel(
             "Expert slots",
             {"{{instance}} {{state}}": "medley_bundle_slots{ME}"},
@@ -523,6 +508,21 @@ DEVICE = Board(
             {"{{instance}}": "process_open_fds{ME} / process_max_fds{ME}"},
             "Of those that it may have; a connection takes one.",
             unit="share",
+        ),
+        panel(
+            "Device memory",
+            {"{{instance}} {{kind}}": "medley_device_memory_bytes{ME}"},
+            "Of a GPU: all of it, what is free, what torch reserves and uses.",
+            unit="bytes",
+            gpu_only=True,
+        ),
+        panel(
+            "Device memory that is free",
+            {"{{instance}}": "instance:medley_device_memory_free:ratio{ME}"},
+            "The line is MedleyDeviceMemory's limit.",
+            unit="share",
+            limit=0.03,
+            gpu_only=True,
         ),
     ),
 )
@@ -587,8 +587,9 @@ REGISTRY = Board(
         panel(
             "Recoveries and the copy in the store",
             {
-                "recoveries of {{instance}}": "medley_registry_recoveries_total{ME}",
-                "generation of the copy": "max(medley_registry_backup_generation{ME})",
+                "recoveries by {{instance}}": "medley_registry_recoveries_total{ME}",
+                "changes that the copy lacks": "clamp_min(max(medley_registry_generation{ME}) - "
+                "max(medley_registry_backup_generation{ME}), 0)",
             },
             "A recovery: Redis was restarted or emptied, and a replica restored it.",
             width=8,
