@@ -135,7 +135,8 @@ class RedisRegistry(Registry):
                 if after is state:
                     return state.desired()
                 tried.add(after.id)
-                time.sleep(random.uniform(0, turn * _PAUSE_S))
+                if turn:
+                    time.sleep(random.uniform(0, turn * _PAUSE_S))
                 seen = self._swap(seen, after)
                 if seen.id == after.id:
                     self._on_step("redis-changed")
