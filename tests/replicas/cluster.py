@@ -274,6 +274,7 @@ def pause(seconds: float) -> None:
 @contextmanager
 def clustered(redis: RedisServer, prefix: str, folder: Path) -> Iterator[Cluster]:
     """A cluster that has no replica yet."""
+    folder.mkdir(exist_ok=True)
     cluster = Cluster(redis, prefix, folder)
     try:
         yield cluster
