@@ -117,18 +117,23 @@ class BlockMixture(nn.Module):
             x_BLD: the residual stream after attention, not layer-normed.
             one_route: all rows have the same token 0, so they share one choice of experts (and in
                 training one draw of noise) and are mixed as if they were one long row.
-            part: which rows of a batch these are; None: all of it.
+            part: which rows of a batch these are, or of all prompts; None: all of it.
 
         Returns:
             what to add to the block's output, (B, L, D) in x's dtype, and the balance loss.
         """
-        rows_BLD = x_BLD.flatten(0, 1)[None] if one_route else x_BLD
-        part = part or ALONE.part(len(rows_BLD))
-        expert_BK, gates_BK, balance = self.router(rows_BLD[:, 0], part)
+        part = part or ALONE.part(len(x_BLD))
+        routed = ALONE.part(1) if one_route else part  # one choice is everybody's
+        tokens_BD = x_BLD[:1, 0] if one_route else x_BLD[:, 0]
+        expert_BK, gates_BK, balance = self.router(tokens_BD, routed)
         if self.training:
             counts_E = torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
-            self.counts_E += part.team.total(counts_E)
-        rows_BLD = _autocast(rows_BLD)
+            self.counts_E += routed.team.total(counts_E)
+        rows_BLD = _autocast(x_BLD)
+        keep_BLH = self._dropout(rows_BLD, part)
+        if one_route:
+            rows_BLD = rows_BLD.flatten(0, 1)[None]
+            keep_BLH = None if keep_BLH is None else keep_BLH.flatten(0, 1)[None]
         y_BLD = mix(
             rows_BLD,
             expert_BK,
@@ -136,7 +141,7 @@ class BlockMixture(nn.Module):
             torch.stack([self._all("down_ERD"), self._all("up_ERD")], 1).to(rows_BLD.dtype),
             torch.cat([self._all("down_bias_ER"), self._all("up_bias_ED")], 1),
             relu=self.config.relu,
-            keep_BLH=self._dropout(rows_BLD, expert_BK.shape[1], part),
+            keep_BLH=keep_BLH,
         )
         return y_BLD.view_as(x_BLD).to(x_BLD.dtype), balance
 
@@ -146,11 +151,11 @@ class BlockMixture(nn.Module):
         all_BE = gates_BK.new_zeros(len(x_BLD), self.router.gate_DE.shape[1])
         return all_BE.scatter(1, expert_BK, gates_BK)
 
-    def _dropout(self, x_BLD: Tensor, top_k: int, part: Part) -> Tensor | None:
+    def _dropout(self, x_BLD: Tensor, part: Part) -> Tensor | None:
         """Draw what each hidden unit of each token is multiplied by: 0, or 1 / (1 - dropout)."""
         if not (self.training and self.config.dropout):
             return None
-        L, H = x_BLD.shape[1], top_k * self.config.bottleneck
+        L, H = x_BLD.shape[1], self.router.top_k * self.config.bottleneck
         return part.drawn(lambda rows: F.dropout(x_BLD.new_ones(rows, L, H), self.config.dropout))
 
     def _all(self, name: str) -> Tensor:

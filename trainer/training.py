@@ -137,7 +137,7 @@ def train(
         entrance = trunk.batch(index_B, epoch, on_chunk=watcher.on_trunk)
         with _precision(backbone, settings):
             image_BE, image_balance = learner.image_features(entrance)
-            text_CE, text_balance = learner.text_features()
+            text_CE, text_balance = learner.text_features(team)
         logits_BC = backbone.logit_scale * (image_BE @ text_CE.T)
         part = team.part(len(index_B))
         labels_B = labels_N[torch.from_numpy(index_B[part.rows])]
@@ -235,8 +235,8 @@ class _Curve:
     @torch.no_grad()
     def accuracy(self) -> float:
         self._learner.eval()
-        text_CE, _ = self._learner.text_features()
         team, hits = self._trunk.team, 0
+        text_CE, _ = self._learner.text_features(team)
         for index_B in _parts(len(self._images), self._size):
             features_BE, _ = self._learner.image_features(self._trunk.batch(index_B, 0))
             guess_B = (features_BE @ text_CE.T).argmax(1).cpu().numpy()

@@ -52,7 +52,7 @@ class Entrance:
         """How much memory it takes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def rows(self, index_B: Tensor) -> Entrance:
+    def rows(self, index_B: Tensor | slice) -> Entrance:
         """The entrance of some of the rows."""
         return Entrance(tuple(tensor[index_B] for tensor in self.tensors), self.mask)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from medley.bundle import read_bundle
+from medley.bundle import Bundle, read_bundle
 from medley.errors import DataError
 from tests.models import tiny_backbone
 from tests.trainer.test_training import LABEL, Watch
@@ -26,10 +26,12 @@ from trainer.run import learn, training_parts
 
 ROOT = Path(__file__).parents[2]
 SIZE = 3  # of the team; not every batch can be shared equally
-# What one process and several learn differs only in the order in which float32 numbers are added.
-# The largest differences seen over these runs: losses of about 1 by 1.2e-6, parameters by 5.1e-5,
-# where Adam makes a whole step of a gradient that is nearly nothing.
-LOSS, PARAMETER = 1e-5, 5e-4
+# What one process and several learn differs only in the order in which float32 numbers are added;
+# but gradients of the text side nearly cancel over the classes, and Adam makes whole steps of what
+# is left. The largest differences seen over these runs of 12 steps: losses of about 1 by 8e-5,
+# features of class texts by 2e-5, all parameters together by 0.2 %; momenta after 3 steps, which
+# say whether the gradients are the same, by 2e-5 of their length.
+LOSS, FEATURE, PARAMETERS, MOMENTA = 5e-4, 2e-4, 1e-2, 2e-4
 COLOURS = 10
 TASK = ["--task", "x", "--hold-out", "0.4", "--alpha", "0.3", "--ddas-iterations", "5"]
 
@@ -72,8 +74,20 @@ def test_a_team_learns_what_one_process_learns(alone: Path, together: Path, name
     assert many["history"]["losses"] == pytest.approx(one["history"]["losses"], abs=LOSS)
     assert many["history"]["accuracies"] == pytest.approx(one["history"]["accuracies"])
     assert many["history"]["held_out"] == one["history"]["held_out"]
-    for key, tensor in one["learner"].items():
-        torch.testing.assert_close(many["learner"][key], tensor, rtol=0, atol=PARAMETER)
+    assert apart(one["learner"], many["learner"]) < PARAMETERS
+    first, second = (bundle(folder / name) for folder in (alone, together))
+    features = [one.tensors["class_text_features"] for one in (first, second)]
+    torch.testing.assert_close(*features, rtol=0, atol=FEATURE)
+
+
+def test_gradients_are_those_of_the_whole_batch(alone: Path, together: Path) -> None:
+    """Adam would hide a factor; its momenta do not."""
+    one, many = (saved(folder / "each image once") for folder in (alone, together))
+    momenta = [
+        {str(number): state["exp_avg"] for number, state in run["optimiser"]["state"].items()}
+        for run in (one, many)
+    ]
+    assert apart(*momenta) < MOMENTA
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -84,9 +98,7 @@ def test_a_team_counts_calibrates_and_measures_as_one_process(
     for key in one:
         if key.endswith("counts_E"):
             assert torch.equal(many[key], one[key]), key
-    first, second = (
-        read_bundle(folder / name / "colours-1.safetensors") for folder in (alone, together)
-    )
+    first, second = (bundle(folder / name) for folder in (alone, together))
     assert second.manifest.selector == first.manifest.selector  # to the last bit
     assert second.manifest.training.metrics == first.manifest.training.metrics
 
@@ -95,7 +107,7 @@ def test_a_team_counts_calibrates_and_measures_as_one_process(
 def test_all_processes_end_with_the_same_bundle(together: Path, name: str) -> None:
     digests = json.loads((together / name / "digests.json").read_text())
     assert len(digests) == SIZE
-    assert set(digests) == {read_bundle(together / name / "colours-1.safetensors").digest}
+    assert set(digests) == {bundle(together / name).digest}
 
 
 def test_processes_that_were_given_different_things_are_refused(together: Path) -> None:
@@ -185,6 +197,17 @@ def test_every_process_of_a_machine_has_a_device_of_its_own(
 
 def saved(folder: Path) -> dict[str, Any]:
     return load_checkpoint(folder / "colours-1" / "checkpoint.pt")
+
+
+def bundle(folder: Path) -> Bundle:
+    return read_bundle(folder / "colours-1.safetensors")
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The length of the difference of all trained tensors, of the first ones' length."""
+    names = [name for name in one if not name.endswith("counts_E")]
+    first, second = (torch.cat([x[name].flatten() for name in names]) for x in (one, other))
+    return float((first - second).norm() / first.norm())
 
 
 def environment(**more: object) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from medley.backbone import Backbone
 from medley.prompts import prompts
 from medley.tower import Mask
+from trainer.distributed import ALONE, Part, Team
 from trainer.settings import TrainSettings
 from trainer.trunk import Entrance, prompt_hidden
 
@@ -33,6 +34,11 @@ class Prompts:
 
     tokens_NL: Tensor
     entrance: Entrance
+
+    def of(self, part: Part) -> Prompts:
+        """Those of one process."""
+        entrance = replace(self.entrance.rows(part.rows), part=part)
+        return Prompts(self.tokens_NL[part.rows], entrance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +100,20 @@ class Learner(nn.Module, ABC):
     def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Prompt features (N, E) and the balance loss; only called where text is trained."""
 
-    def text_features(self) -> tuple[Tensor, Tensor]:
-        """Features (C, E) of the prompts that are being learnt, and the balance loss."""
+    def text_features(self, team: Team = ALONE) -> tuple[Tensor, Tensor]:
+        """Features (C, E) of the prompts that are being learnt, and the balance loss.
+
+        The processes of a team share the prompts, unless some would have none.
+        """
         assert self._learnt is not None
         if isinstance(self._learnt, Tensor):
             return self._learnt, self._learnt.new_zeros(())
-        return self._encode_text(self._learnt)
+        part = team.part(len(self._learnt.tokens_NL))
+        if team.size == 1 or team.size > part.whole:
+            return self._encode_text(self._learnt)
+        own_NE, balance = self._encode_text(self._learnt.of(part))
+        others = (0, 0, part.rows.start, part.whole - part.rows.stop)
+        return team.total(F.pad(own_NE, others)), balance
 
     @torch.no_grad()
     def image_features_of(self, hidden_BLD: Tensor) -> Tensor:
