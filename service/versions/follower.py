@@ -107,7 +107,8 @@ class Follower:
             return True
         self.wake()
         with suppress(TimeoutError):
-            await asyncio.wait_for(live.reached(generation), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await live.reached(generation)
         return live.snapshot.desired.generation >= generation
 
     def retry_s(self, key: Key) -> float | None:
@@ -169,7 +170,8 @@ class Follower:
         if self._failures:
             self._next_s = time.monotonic() + pause_s
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), pause_s)
+            async with asyncio.timeout(pause_s):  # `wait_for` may lose a cancellation
+                await self._wake.wait()
         self._wake.clear()
 
     async def _refused_here_only(self) -> list[Key]:

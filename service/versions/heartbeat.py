@@ -131,4 +131,5 @@ class Heartbeat:
                 log.exception("a heartbeat failed")
             await asyncio.sleep(SOONEST_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), self._every_s)
+                async with asyncio.timeout(self._every_s):  # `wait_for` may lose a cancellation
+                    await self._news.wait()
