@@ -252,10 +252,10 @@ def test_two_replicas_share_what_is_registered_and_no_request_is_lost_with_one_o
         assert wanted["label"] in {"cat", "dog", "hamster"}
         _until(lambda: len(_names(ray)) == 2)
 
-        with _asking(ray, image) as answers:
+        with _holding(ray, image) as (held, release), _asking(ray, image) as answers:
             first, second = ray.replicas()
-            with _holding(ray, image) as held:
-                first.kill()
+            first.kill()
+            release()
             client.register("birds", "1", ray_files / "birds")
             names = _names(ray)
             _until(lambda: len(_names(ray) - names) == 1)  # there is a new one
@@ -276,8 +276,13 @@ def test_two_replicas_share_what_is_registered_and_no_request_is_lost_with_one_o
 
 
 @contextmanager
-def _holding(ray: RayProcess, image: bytes) -> Iterator[list[httpx.Response]]:
-    """Have requests in every replica, whose bodies end with the block; their answers thereafter."""
+def _holding(
+    ray: RayProcess, image: bytes
+) -> Iterator[tuple[list[httpx.Response], Callable[[], None]]]:
+    """Have requests in both replicas that wait for their bodies, and a function that sends those.
+
+    Their answers are complete after the block.
+    """
     answers: list[httpx.Response] = []
     end = threading.Event()
 
@@ -294,7 +299,7 @@ def _holding(ray: RayProcess, image: bytes) -> Iterator[list[httpx.Response]]:
         asking = [pool.submit(ask) for _ in range(8)]
         try:
             _until(lambda: len(_busy(ray)) == 2)
-            yield answers
+            yield answers, end.set
         finally:
             end.set()
         for one in asking:
