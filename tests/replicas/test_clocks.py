@@ -63,8 +63,12 @@ def begin_shifted(cluster: Cluster, shift: str, stack: ExitStack) -> subprocess.
         "replica": "yesterday" if shift.startswith("-") else "tomorrow",
     }
     program = [sys.executable, "-m", "tests.service.tiny_server", str(cluster.folder / shift)]
-    command = [faketime(), "-f", shift, *program, *(f"{k}={v}" for k, v in settings.items())]
-    environment = {**os.environ, "DONT_FAKE_MONOTONIC": "1"}
+    command = [*program, *(f"{k}={v}" for k, v in settings.items())]
+    environment = os.environ | {
+        "LD_PRELOAD": libfaketime(),
+        "FAKETIME": shift,
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # as a real clock that is set leaves it
+    }
     process = stack.enter_context(
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     )
@@ -91,11 +95,12 @@ def ask(http: httpx.Client, image: bytes, generation: str) -> object:
     return answer.json()
 
 
-def faketime() -> str:
-    """Where the program is; skips the test if it is not, where that is not a failure."""
-    path = shutil.which("faketime")
-    if path is None and os.environ.get("CI") == "true":
+def libfaketime() -> str:
+    """Where the library is; skips the test if it is not, where that is not a failure."""
+    program = shutil.which("faketime")
+    if program is None and os.environ.get("CI") == "true":
         pytest.fail("no faketime: install the package faketime")
-    if path is None:
+    if program is None:
         pytest.skip("no faketime: install the package faketime")
-    return path
+    asked = [program, "-f", "+0", "printenv", "LD_PRELOAD"]
+    return subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
