@@ -1,13 +1,12 @@
 """Several processes learn what one alone learns: real ones, started as torchrun starts them."""
 
 import json
+import multiprocessing
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from medley.bundle import Bundle, read_bundle
 from medley.errors import DataError
 from tests.models import tiny_backbone
+from tests.redis_server import free_port
+from tests.replicas.replica import run_command
 from tests.trainer.test_training import LABEL, Watch
 from tests.trainer.tiny import folder_of, pictures
 from tests.trainer.together import RUNS, learnt
@@ -33,6 +34,9 @@ SIZE = 3  # of the team; not every batch can be shared equally
 # say whether the gradients are the same, by 2e-5 of their length.
 LOSS, FEATURE, PARAMETERS, MOMENTA = 5e-4, 2e-4, 1e-2, 2e-4
 COLOURS = 10
+# As those of the replicas: forked from a process that has imported torch and not used it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.replicas.replica"])
 TASK = ["--task", "x", "--hold-out", "0.4", "--alpha", "0.3", "--ddas-iterations", "5"]
 
 
@@ -64,7 +68,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     start += ["--nproc-per-node", str(SIZE), "-m", "tests.trainer.together", str(folder)]
-    subprocess.run(start, cwd=ROOT, env=environment(), check=True)
+    subprocess.run(start, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return folder
 
 
@@ -123,29 +127,27 @@ def test_an_odd_batch_leaves_somebody_without_an_image() -> None:
 
 def test_one_process_speaks_of_a_mistake_that_all_make(tmp_path: Path) -> None:
     words = ["train", str(tmp_path), "--out", str(tmp_path / "run"), *TASK, "--lr", "0"]
-    team = started(words, 2)
-    ended = [process.communicate(timeout=120)[1] for process in team]
-    assert [process.returncode for process in team] == [2, 2]
-    assert "".join(ended).count("medley: lr is 0") == 1
-    assert "Traceback" not in "".join(ended)
+    team = started(words, tmp_path)
+    assert [ended(process) for process, _ in team] == [2, 2]
+    said = "".join(log.read_text() for _, log in team)
+    assert said.count("medley: lr is 0") == 1
+    assert "Traceback" not in said
 
 
 def test_when_a_process_is_killed_the_others_end_with_one_line(tmp_path: Path) -> None:
     colours = folder_of(pictures(["red", "green"], COLOURS), tmp_path / "colours")
     words = ["train", str(colours), "--out", str(tmp_path / "run"), *TASK, "--batch-size", "4"]
     words += ["--iterations", "100000", "--checkpoint-every", "0"]
-    first, second = started(words, 2)
+    (first, log), (second, _) = started(words, tmp_path)
     checkpoint = tmp_path / "run" / "x-1" / "checkpoint.pt"
     deadline_s = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline_s:
-        with suppress(subprocess.TimeoutExpired):
-            assert first.wait(0.1) is None, first.communicate()[1]
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
-    error = first.communicate(timeout=60)[1]
-    assert first.returncode == 2
-    assert error.count("medley: another process of this run has ended") == 1
-    assert "Traceback" not in error
+        first.join(0.1)
+        assert first.exitcode is None, log.read_text()
+    second.kill()
+    assert ended(first) == 2
+    assert log.read_text().count("medley: another process of this run has ended") == 1
+    assert "Traceback" not in log.read_text()
     assert load_checkpoint(checkpoint)["history"]["losses"]  # to go on from
 
 
@@ -210,24 +212,21 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return float((first - second).norm() / first.norm())
 
 
-def environment(**more: object) -> dict[str, str]:
-    """One thread each."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(v) for name, v in more.items()}}
+def started(words: list[str], folder: Path, size: int = 2) -> list[tuple[ForkServerProcess, Path]]:
+    """The command as processes of a team, with nobody to look after them, and what they say."""
+    team = []
+    port = free_port()
+    for rank in range(size):
+        said = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in said.items()}
+        log = folder / f"{rank}.log"
+        process = FORKS.Process(target=run_command, args=(words, environment, log), daemon=True)
+        process.start()
+        team.append((process, log))
+    return team
 
 
-def started(words: list[str], size: int) -> list[subprocess.Popen[str]]:
-    """The command as processes of a team, with nobody to look after them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "medley", *words],
-            cwd=ROOT,
-            env=environment(RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+def ended(process: ForkServerProcess) -> int | None:
+    """The status it ended with."""
+    process.join(60)
+    return process.exitcode
