@@ -13,8 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ __all__ = ["backbone", "image", "make"]  # the service's fixtures
 
 CONFIG = ROOT / "deploy" / "ray" / "medley.yaml"
 KEY = "sesame"
+MOST_HELD = 50
 BODY_S = 120  # in which a body that a test holds back may arrive
 
 
@@ -187,6 +188,7 @@ def running_ray(files: Path, redis: RedisServer) -> Iterator[RayProcess]:
         "MEDLEY_BUCKETS": "4",
         "MEDLEY_POLL_S": "0.5",
         "MEDLEY_BODY_TIMEOUT_S": str(BODY_S),
+        "MEDLEY_REQUEST_TIMEOUT_S": str(BODY_S),
     }
     (deployment,) = application["deployments"]
     del deployment["autoscaling_config"]
@@ -210,21 +212,21 @@ def running_ray(files: Path, redis: RedisServer) -> Iterator[RayProcess]:
             command, stdin=pipe, stdout=pipe, stderr=errors, text=True, cwd=ROOT, env=environment
         ) as process,
     ):
-        started: list[psutil.Process] = []
+        below: list[psutil.Process] = []
         try:
             ray = RayProcess(process, f"http://127.0.0.1:{port}", files, small)
             ray.await_running()
-            started = _below(process.pid)
             yield ray
+            below = _below(process.pid)
             assert process.stdin is not None
             process.stdin.close()  # in order: replicas drain, Ray ends
-            assert process.wait(timeout=60) == 0, _logs(files)
+            assert process.wait(timeout=120) == 0, _logs(files)
+            _until(lambda: all(map(_ended, below)))  # nothing of Ray stays
         finally:
-            left = [one for one in started if one.is_running()]
-            for one in [*_below(process.pid), *left]:
-                one.kill()
+            for one in [*below, *_below(process.pid)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
             process.kill()
-        assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
@@ -271,8 +273,8 @@ def test_two_replicas_share_what_is_registered_and_no_request_is_lost_with_one_o
         assert {one.status_code for one in held} == {200, 503}, [one.text for one in held]
         lost = next(one for one in held if one.status_code == 503)
         assert (lost.json()["code"], lost.headers["retry-after"]) == ("replica_lost", "1")
-        own = sorted(path.name for path in (ray_files / "own").iterdir() if path.is_dir())
-        assert own == ["replica-1", "replica-2", "replica-3"]  # the third was the update's
+        own = [path for path in (ray_files / "own").iterdir() if path.is_dir()]
+        assert len(own) in (3, 4)  # of five replicas: two, the update's, and one that still drained
 
 
 @contextmanager
@@ -295,10 +297,12 @@ def _holding(
         url, head = f"{ray.url}/v1/classify?model=pets", {"content-type": "image/png"}
         answers.append(httpx.post(url, content=body(), headers=head, timeout=2 * BODY_S))
 
-    with ThreadPoolExecutor(8) as pool:
-        asking = [pool.submit(ask) for _ in range(8)]
+    with ThreadPoolExecutor(MOST_HELD) as pool:
+        asking: list[Future[None]] = []
         try:
-            _until(lambda: len(_busy(ray)) == 2)
+            while len(_busy(ray)) < 2:  # Ray knows late how busy each of them is
+                assert len(asking) < MOST_HELD
+                asking.append(pool.submit(ask))
             yield answers, end.set
         finally:
             end.set()
@@ -377,6 +381,13 @@ def _below(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _title(process: psutil.Process) -> str:
