@@ -41,7 +41,7 @@ class TaskState:
     def names(self) -> dict[str, str]:
         """Every alias and what it names, `live` among them."""
         live = {} if self.live is None else {LIVE: self.live}
-        return live | dict(self.aliases)
+        return dict(self.aliases) | live
 
     def has(self, version: str) -> bool:
         """Whether there is such a version."""

@@ -272,8 +272,8 @@ def two_versions(record: RolloutRecord) -> Snapshot:
     two = replace(one, record=replace(first, version="2"), path=1)
     desired = Desired(
         1,
-        (one.record, two.record),
-        {"pets": {"live": "1"}},
+        versions=(one.record, two.record),
+        aliases={"pets": {"live": "1"}},
         rollouts={"pets": record.model_dump_json()},
     )
     return Snapshot(desired, {("pets", "1"): one, ("pets", "2"): two})
