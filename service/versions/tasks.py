@@ -182,7 +182,7 @@ class Tasks:
                 await asyncio.to_thread(upload.write, chunk)
             await asyncio.to_thread(upload.finish)
             self._on_step("received")
-            return self._start(wanted, self._register(wanted, upload), then)
+            return self._start(wanted, self._register(wanted, upload, then))
         except BaseException:
             upload.discard()
             raise
@@ -199,7 +199,7 @@ class Tasks:
         """
         self._sources.check(source)
         await self._check(wanted)
-        return self._start(wanted, self._fetch(wanted, source), then)
+        return self._start(wanted, self._fetch(wanted, source, then))
 
     async def set_alias(
         self, task: str, alias: str, version: str, *, if_match: IfMatch | None = None
@@ -288,25 +288,16 @@ class Tasks:
                 return
         wanted.check(await asyncio.to_thread(self._registry.read, served))
 
-    def _start(
-        self, wanted: Wanted, work: Coroutine[Any, Any, Registered], then: Then
-    ) -> Started[Registered]:
-        async def whole() -> Registered:
-            try:
-                registered = await work
-            finally:
-                work.close()
-            return await then(registered)
+    def _start(self, wanted: Wanted, work: Coroutine[Any, Any, Registered]) -> Started[Registered]:
+        return self.operations.start("register", wanted.task, wanted.version, work)
 
-        return self.operations.start("register", wanted.task, wanted.version, whole())
-
-    async def _fetch(self, wanted: Wanted, source: str) -> Registered:
+    async def _fetch(self, wanted: Wanted, source: str, then: Then) -> Registered:
         with self._store.upload(self._max_bundle_bytes) as upload:
             await self._sources.fetch(source, upload)
             self._on_step("received")
-            return await self._register(wanted, upload)
+            return await self._register(wanted, upload, then)
 
-    async def _register(self, wanted: Wanted, upload: Upload) -> Registered:
+    async def _register(self, wanted: Wanted, upload: Upload, then: Then) -> Registered:
         with upload:
             async with self._verifying:
                 bundle = await asyncio.to_thread(self._residency.read, upload.path)
@@ -314,11 +305,11 @@ class Tasks:
                 self._on_step("verified")
                 registered = await self._change(self._take_in(wanted, upload, bundle))
         if not registered.created:
-            return registered
+            return await then(registered)
         pixels_NCHW = bundle.tensors["self_test.pixels"]
         del bundle  # the next may be verified, and is in memory then
         warnings = await self._overlap.warnings((wanted.task, wanted.version), pixels_NCHW)
-        return replace(registered, warnings=warnings)
+        return await then(replace(registered, warnings=warnings))
 
     async def _change(self, change: Coroutine[Any, Any, T]) -> T:
         """Make one change, alone and whole: stopped half way it would leave memory behind."""
