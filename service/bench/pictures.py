@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -25,7 +26,7 @@ from service.bench.names import (
     SATURATION,
 )
 
-__all__ = ["PICTURES", "finish", "png_of"]
+__all__ = ["PICTURES", "finish", "plain_log", "png_of"]
 
 DPI, COLOURS = 110, 256
 
@@ -87,9 +88,7 @@ def _draw_load(axes: Axes, rows: Sequence[Row]) -> None:
         swapped = [row for row in some if row.conditions["swaps"] != "none"]
         axes.plot(*_points(swapped, "p95_s"), color=colour, marker="x", ls="")
     axes.set(yscale="log", xlabel="% of saturation")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    plain_log(axes.yaxis)
     finish(axes)
 
 
@@ -127,6 +126,13 @@ def _rival_bars(lines: Sequence[Measurement]) -> list[Bar]:
         for name, hue in ((MEDLEY, "C0"), (BATCHED, "C2"), (INFINITY, "C1"))
         if (time := row.time_s(name))
     ]
+
+
+def plain_log(axis: Axis) -> None:
+    """Label 1, 2 and 5 of each decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def finish(axes: Axes) -> None:

@@ -13,7 +13,7 @@ from medley.journal import Measurement, read_lines
 from medley.markdown import table
 from medley.rows import Row, rows_of
 from service.bench.names import MEDLEY, SERVED
-from service.bench.pictures import finish, png_of
+from service.bench.pictures import finish, plain_log, png_of
 from service.bench.replicas.cells import CONVERGENCE, READ
 
 __all__ = ["PICTURE", "REPORT", "write_report"]
@@ -66,7 +66,8 @@ def convergence_png(lines: Sequence[Measurement]) -> bytes | None:
             share = np.arange(1, len(times_ms) + 1) / len(times_ms)
             axes.step(times_ms, 100 * share, where="post", color=f"C{number}", label=_label(row))
         axes.set_title(bench, fontsize=9)
-        axes.set(xscale="log", xlabel="ms after the acknowledgement")
+        axes.set(xscale="log", xlabel="ms after the acknowledgement", ylim=(0, 102))
+        plain_log(axes.xaxis)
         finish(axes)
     grid[0].set_ylabel("% of changes on all replicas")
     handles, labels = max((axes.get_legend_handles_labels() for axes in grid), key=len)
