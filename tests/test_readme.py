@@ -29,5 +29,5 @@ def test_a_command_that_is_shown_exists_with_its_options(page: Path, line: str) 
     while isinstance(command, TyperGroup):
         assert words[0] in command.commands, f"{page}: no command {words[0]}"
         command = command.commands[words.pop(0)]
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {o for one in command.params for o in (*one.opts, *one.secondary_opts)}
     assert {w for w in words if w.startswith("-")} <= known | {"--help"}
