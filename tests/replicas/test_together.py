@@ -122,6 +122,7 @@ def test_a_replica_that_joins_late_is_ready_only_when_it_has_everything(
         eventually(lambda: late.http.get("/livez").status_code == 200)
         for _ in range(10):
             assert not late.is_ready()
+            assert late.metric("medley_ready") == 0
             assert not late.ready.poll(), "it said that it is ready"
             pause(0.1)
         shutil.copy(cluster.bundles / missing.relative_to(view), missing)
