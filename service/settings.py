@@ -23,8 +23,8 @@ from pydantic_settings import (
 
 from medley.classifier import check_buckets
 from medley.precision import Precision
+from service.bundles.sources import check_prefix
 from service.signals.logs import LogFormat, LogLevel
-from service.versions.sources import check_prefix
 
 __all__ = ["Settings", "is_loopback"]
 

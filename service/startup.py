@@ -21,34 +21,34 @@ from service.answers.engine import Engine
 from service.answers.inference import Inference
 from service.answers.labels import LabelCache
 from service.answers.rollouts import Rollouts
+from service.bundles.collector import Collector
+from service.bundles.sources import Sources
+from service.bundles.store import BundleStore
 from service.intake.bodies import Bodies
 from service.intake.decoding import Decoding
 from service.intake.fetch import Fetching
 from service.intake.room import Room
+from service.registry.backup import Backup
+from service.registry.local_registry import LocalRegistry
+from service.registry.redis_registry import RedisRegistry
+from service.registry.registry import Registry
+from service.replicas.board import Board, LocalBoard, Phase, RedisBoard
+from service.replicas.follower import Follower
+from service.replicas.heartbeat import Heartbeat
+from service.replicas.quorum import Quorum
+from service.replicas.reconciler import Reconciler
+from service.replicas.shared import Shared, open_shared, watch
+from service.replicas.told import ToldOperations
 from service.settings import Settings
 from service.signals import memory
 from service.signals.metrics import Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
 from service.state import Service
-from service.versions.backup import Backup
-from service.versions.board import Board, LocalBoard, Phase, RedisBoard
-from service.versions.collector import Collector
-from service.versions.follower import Follower
-from service.versions.heartbeat import Heartbeat
 from service.versions.loading import Loader
-from service.versions.local_registry import LocalRegistry
 from service.versions.overlap import Overlap
-from service.versions.quorum import Quorum
-from service.versions.reconciler import Reconciler
-from service.versions.redis_registry import RedisRegistry
-from service.versions.registry import Registry
 from service.versions.residency import Residency
-from service.versions.shared import Shared, open_shared, watch
-from service.versions.sources import Sources
-from service.versions.store import BundleStore
 from service.versions.tasks import Tasks
-from service.versions.told import ToldOperations
 
 __all__ = ["OnStep", "Startup"]
 

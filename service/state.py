@@ -15,17 +15,17 @@ from service.answers.labels import LabelCache
 from service.answers.rollouts import Rollouts
 from service.errors import UnavailableError
 from service.intake.bodies import Bodies
+from service.replicas.board import Board
+from service.replicas.follower import Follower
+from service.replicas.heartbeat import Heartbeat
+from service.replicas.quorum import Quorum
+from service.replicas.told import ToldOperations
 from service.settings import Settings
 from service.signals.metrics import Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
-from service.versions.board import Board
-from service.versions.follower import Follower
-from service.versions.heartbeat import Heartbeat
-from service.versions.quorum import Quorum
 from service.versions.residency import Residency
 from service.versions.tasks import Tasks
-from service.versions.told import ToldOperations
 
 __all__ = ["CurrentService", "Service", "service_of"]
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from medley.classifier import Ask
 from medley.routed import ZERO_SHOT
-from service.versions.desired import LIVE
+from service.registry.desired import LIVE
 from service.versions.live import Snapshot
 
 __all__ = ["Plan", "RoutedBy", "make_plan"]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.console import Json, fail, one_line_errors, out, table_of
+from service.commands.console import Json, fail, one_line_errors, out
 
 if TYPE_CHECKING:
+    from service.bundles.blobs import Blobs
+    from service.bundles.collector import Collected
+    from service.bundles.inspection import Inspection
     from service.settings import Settings
-    from service.versions.blobs import Blobs
-    from service.versions.collector import Collected
-    from service.versions.inspection import Inspection
 
 __all__ = ["store_commands"]
 
@@ -40,8 +40,8 @@ def check(
 
     Status 1 if a bundle that is named is lost or damaged. Asks no Redis.
     """
+    from service.bundles.inspection import inspect
     from service.settings import Settings
-    from service.versions.inspection import inspect
 
     with one_line_errors():
         found = inspect(_open(Settings()), verify=verify)
@@ -80,7 +80,7 @@ def collect(
 
 
 def _open(settings: Settings) -> Blobs:
-    from service.versions.blobs import Blobs
+    from service.bundles.blobs import Blobs
 
     if not settings.bundle_store:
         fail(NOWHERE)
@@ -89,13 +89,13 @@ def _open(settings: Settings) -> Blobs:
 
 def _collect(settings: Settings, *, dry_run: bool) -> Collected | None:
     """One pass, as of a replica with nothing in its cache."""
+    from service.bundles.collector import Collector
+    from service.bundles.store import BundleStore
+    from service.registry.backup import Backup
+    from service.registry.redis_registry import RedisRegistry
+    from service.replicas.board import RedisBoard
+    from service.replicas.shared import open_shared
     from service.signals.metrics import Metrics
-    from service.versions.backup import Backup
-    from service.versions.board import RedisBoard
-    from service.versions.collector import Collector
-    from service.versions.redis_registry import RedisRegistry
-    from service.versions.shared import open_shared
-    from service.versions.store import BundleStore
 
     at_once = settings.model_copy(update={"registry_wait_s": 0})
     shared = asyncio.run(open_shared(at_once, at=lambda step: None))
@@ -125,16 +125,13 @@ def _collect(settings: Settings, *, dry_run: bool) -> Collected | None:
 def _show(found: Inspection, *, verified: bool) -> None:
     said = "no registry has" if found.generation is None else f"generation {found.generation} has"
     out.print(f"{said} {len(found.named)} bundles", highlight=False)
-    table = table_of("file", "state")
     rows: list[tuple[str, str]] = [(digest, "lost") for digest in sorted(found.lost)]
     rows += [(digest, f"damaged: {why}") for digest, why in found.damaged.items()]
     rows += [(digest, "unused") for digest in sorted(found.unused.difference(found.damaged))]
     rows += [(name, "half") for name in found.halves]
     rows += [(name, "foreign, left alone") for name in found.foreign]
-    for row in rows:
-        table.add_row(*row)
-    if rows:
-        out.print(table)
+    for name, state in rows:  # no table: whole names, one a line, for grep
+        out.print(f"{name}  {state}", markup=False, highlight=False, soft_wrap=True)
     if not found.is_sound:
         out.print("register again what is lost or damaged", style="bold red")
     elif verified:

@@ -6,8 +6,8 @@ from datetime import datetime
 
 from fastapi import APIRouter
 
+from service.registry.desired import VersionRecord
 from service.state import CurrentService, Service
-from service.versions.desired import VersionRecord
 from service.wire.openai_schemas import ModelAnswer, ModelsAnswer
 from service.wire.openapi import OPENAI_RESPONSES
 

@@ -13,8 +13,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.errors import UnavailableError
 from service.lifecycle import Lifecycle
+from service.replicas.board import Phase
 from service.state import CurrentService, Service, service_of
-from service.versions.board import Phase
 
 __all__ = ["check_live", "check_ready", "phase_of", "routes"]
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from fastapi import APIRouter
 
+from service.replicas.board import Replica
 from service.state import CurrentService
-from service.versions.board import Replica
 from service.wire.openapi import PROBLEM_RESPONSES
 from service.wire.replica_schemas import ReplicaAnswer, ReplicasAnswer
 

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request, Response
 from service.answers.rollouts import Rollouts
 from service.errors import ConflictError, NotFoundError, PreconditionError
 from service.intake.json_bodies import read_json
+from service.registry.desired import LIVE, IfMatch
 from service.state import CurrentService
-from service.versions.desired import LIVE, IfMatch
 from service.versions.live import Snapshot
 from service.wire import etags
 from service.wire.etags import IfMatchHeader

@@ -13,14 +13,14 @@ from fastapi.responses import JSONResponse
 
 from service.errors import MediaTypeError, NotFoundError, PayloadError, RequestTimeoutError
 from service.intake.forms import checked
+from service.registry.desired import VersionRecord
+from service.replicas.quorum import Reached, read_wanted
+from service.replicas.quorum import Wanted as QuorumWanted
 from service.routes.operations import answer_of
 from service.settings import Settings
 from service.state import CurrentService, Service
-from service.versions.desired import VersionRecord
 from service.versions.live import Key, Snapshot
 from service.versions.operations import Started
-from service.versions.quorum import Reached, read_wanted
-from service.versions.quorum import Wanted as QuorumWanted
 from service.versions.tasks import Registered, Then, Wanted
 from service.wire import etags
 from service.wire.etags import IfMatchHeader

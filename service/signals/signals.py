@@ -17,10 +17,10 @@ from medley.errors import ImageError
 from service.answers.engine import Answer
 from service.answers.planning import Plan
 from service.intake.forms import ImageSource
+from service.registry.desired import now
 from service.signals.metrics import ZERO_SHOT_LABEL, Metrics
 from service.signals.notes import noted
 from service.signals.reservoir import Reservoir
-from service.versions.desired import now
 from service.versions.live import Live, Resident
 
 __all__ = ["Became", "Signals", "Used"]

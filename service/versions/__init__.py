@@ -1,1 +1,1 @@
-"""What is served: the registry, the bytes, the life of a version, and where it is."""
+"""What this server has: the life of a version, and where it is."""

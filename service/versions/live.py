@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from service.errors import NotFoundError, UnavailableError
-from service.versions.desired import Desired, VersionRecord
+from service.registry.desired import Desired, VersionRecord
 
 __all__ = ["Key", "LabelSet", "Leaving", "Live", "Resident", "Snapshot", "Tier"]
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from medley.errors import MedleyError
 from service.errors import EngineError, NotFoundError, QueueFullError, UnavailableError, problem
-from service.versions.desired import now
+from service.registry.desired import now
 
 __all__ = ["Operation", "Operations", "Started"]
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from medley.bundle import Bundle
 from medley.errors import BundleError, CapacityError, MedleyError
 from medley.routed import PackedTask
+from service.bundles.store import BundleStore
 from service.errors import ConflictError, NotFoundError, StorageError, UnavailableError
+from service.registry.desired import Desired, VersionRecord
 from service.signals.metrics import OTHER, Metrics
-from service.versions.desired import Desired, VersionRecord
 from service.versions.host_tier import HostTier, Prepared
 from service.versions.live import Key, LabelSet, Leaving, Live, Resident, Snapshot
 from service.versions.loading import Loader
-from service.versions.store import BundleStore
 from service.wire.rollout_schemas import candidates
 
 __all__ = ["Residency", "protected"]

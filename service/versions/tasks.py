@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from medley.bundle import Bundle
+from service.bundles.sources import Sources
+from service.bundles.store import BundleStore, Upload
 from service.errors import (
     ConflictError,
     PreconditionError,
@@ -24,17 +26,15 @@ from service.errors import (
     StorageError,
     UnavailableError,
 )
+from service.registry.desired import LIVE, Desired, IfMatch, VersionRecord, now
+from service.registry.registry import Registry
+from service.replicas.quorum import Reached
+from service.replicas.reconciler import Reconciler
 from service.signals.metrics import NOBODY, OTHER, ZERO_SHOT_LABEL
-from service.versions.desired import LIVE, Desired, IfMatch, VersionRecord, now
 from service.versions.live import Key, Live, Resident, Snapshot
 from service.versions.operations import Operations, Started
 from service.versions.overlap import Overlap
-from service.versions.quorum import Reached
-from service.versions.reconciler import Reconciler
-from service.versions.registry import Registry
 from service.versions.residency import Residency
-from service.versions.sources import Sources
-from service.versions.store import BundleStore, Upload
 from service.wire.rollout_schemas import RolloutRecord, candidates, read_record
 
 __all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Then", "Wanted"]

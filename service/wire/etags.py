@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Header
 
 from service.errors import RequestError
-from service.versions.desired import IfMatch
+from service.registry.desired import IfMatch
 
 __all__ = ["IfMatchHeader", "etag", "if_match", "is_same", "only_new"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from service.versions.desired import Desired
+    from service.registry.desired import Desired
 
 __all__ = ["Rollout", "RolloutAnswer", "RolloutRecord", "candidates", "read_record"]
 

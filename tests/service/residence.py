@@ -17,14 +17,14 @@ from medley.classifier import Ask, Classifier
 from medley.pool import Capacity
 from medley.routed import RoutedModel
 from service.answers.engine import Engine
+from service.bundles.blobs import Blobs
+from service.bundles.shared_store import SharedStore
+from service.bundles.store import BundleStore
+from service.registry.desired import LIVE, Desired, VersionRecord
 from service.signals.metrics import Metrics
-from service.versions.blobs import Blobs
-from service.versions.desired import LIVE, Desired, VersionRecord
 from service.versions.live import Key
 from service.versions.loading import Loader
 from service.versions.residency import Residency
-from service.versions.shared_store import SharedStore
-from service.versions.store import BundleStore
 
 __all__ = ["PIXELS", "Residence", "residence", "truth"]
 

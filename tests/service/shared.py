@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
-from service.versions.backup import Backup
-from service.versions.blobs import Blobs
-from service.versions.redis_client import connect
-from service.versions.redis_registry import RedisRegistry
+from service.bundles.blobs import Blobs
+from service.registry.backup import Backup
+from service.registry.redis_client import connect
+from service.registry.redis_registry import RedisRegistry
 from tests.redis_server import RedisServer
 
 __all__ = ["BACKBONE", "Cluster"]

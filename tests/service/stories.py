@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
-from service.versions.changes import Change
-from service.versions.desired import Desired, IfMatch, VersionRecord
-from service.versions.document import State
-from service.versions.registry import Registry
+from service.registry.changes import Change
+from service.registry.desired import Desired, IfMatch, VersionRecord
+from service.registry.document import State
+from service.registry.registry import Registry
 
 __all__ = ["CHANGES", "STORIES", "Memory", "Model", "Told", "apply", "record"]
 

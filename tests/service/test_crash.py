@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.versions.store import BundleStore
+from service.bundles.store import BundleStore
 from tests.service.conftest import ROOT, MakeBundle, OpenApp, ServerProcess, StartServer
 from tests.service.load import loading
 from tests.service.raw import post

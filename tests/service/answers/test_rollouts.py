@@ -18,8 +18,8 @@ from service.answers.engine import Answer
 from service.answers.planning import Plan, make_plan
 from service.answers.rollouts import Rollouts, takes
 from service.errors import EngineError
+from service.registry.desired import Desired, VersionRecord
 from service.signals.metrics import Metrics
-from service.versions.desired import Desired, VersionRecord
 from service.versions.live import LabelSet, Live, Resident, Snapshot
 from service.wire.rollout_schemas import Rollout, RolloutRecord
 from tests.service.conftest import MakeBundle, OpenApp

@@ -14,10 +14,10 @@ from torch import zeros
 from medley.classifier import Ask
 from service.answers.engine import Answer
 from service.answers.planning import Plan
+from service.registry.desired import Desired, VersionRecord
 from service.signals.metrics import OTHER, Metrics
 from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
-from service.versions.desired import Desired, VersionRecord
 from service.versions.live import LabelSet, Live, Resident, Snapshot
 from tests.service.conftest import MakeBundle, OpenApp, ServerProcess
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from medley.backbone import Backbone
 from medley.bundle import Bundle
 from service.errors import StorageError, UnavailableError
-from service.versions.desired import LIVE, Desired, VersionRecord
+from service.registry.desired import LIVE, Desired, VersionRecord
 from service.versions.live import Key
 from tests.service.conftest import MakeBundle
 from tests.service.residence import Residence, residence, truth

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.errors import NotFoundError, UnavailableError
-from service.versions.desired import Desired, VersionRecord
+from service.registry.desired import Desired, VersionRecord
 from service.versions.live import LabelSet, Live, Resident, Snapshot
 
 

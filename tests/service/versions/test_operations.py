@@ -14,8 +14,8 @@ import pytest
 from medley.backbone import Backbone
 from service.app import create_app
 from service.errors import ConflictError, NotFoundError, QueueFullError
+from service.registry.desired import IfMatch
 from service.settings import Settings
-from service.versions.desired import IfMatch
 from service.versions.operations import Operations, Started
 from service.versions.tasks import Registered, Tasks, Wanted
 from tests.service.conftest import MakeBundle, OpenApp, ServerProcess

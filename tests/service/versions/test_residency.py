@@ -22,7 +22,7 @@ from medley.classifier import Ask, Classifier
 from medley.errors import BundleError, CapacityError
 from medley.routed import RoutedModel
 from service.errors import ConflictError, NotFoundError, UnavailableError
-from service.versions.desired import LIVE, Desired, VersionRecord
+from service.registry.desired import LIVE, Desired, VersionRecord
 from service.versions.host_tier import HostTier, Prepared
 from service.versions.live import Key, Snapshot
 from service.wire.rollout_schemas import Rollout, RolloutRecord

@@ -1,0 +1,1 @@
+"""The bytes of bundles: here, and in the store that replicas share."""

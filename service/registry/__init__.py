@@ -1,0 +1,1 @@
+"""What should be served: the desired state, and who keeps it."""

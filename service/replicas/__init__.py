@@ -1,0 +1,1 @@
+"""One replica among others: how it follows, what it tells, what it waits for."""
