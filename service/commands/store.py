@@ -70,12 +70,12 @@ def collect(
         out.print_json(json.dumps(_fields(found) | {"old": old}), indent=None)
         return
     for digest in sorted(found.deleted):
-        out.print(f"{digest} is gone", highlight=False)
+        out.print(f"{digest} is gone", highlight=False, soft_wrap=True)
     for digest in sorted(found.lost):
-        out.print(f"{digest} is lost", highlight=False, style="bold red")
+        out.print(f"{digest} is lost", highlight=False, soft_wrap=True, style="bold red")
     for digest, age_s in found.unused_s.items():
         goes = "would go" if dry_run and digest in old else "stays for now"
-        out.print(f"{digest} {goes}: unused for {age_s:.0f} s", highlight=False)
+        out.print(f"{digest} {goes}: unused for {age_s:.0f} s", highlight=False, soft_wrap=True)
     out.print(f"{len(found.named)} bundles are needed, {len(found.deleted)} deleted")
 
 
