@@ -12,7 +12,7 @@ from service.bench.names import SERVED
 from service.bench.pictures import PICTURES
 from service.bench.sections import SECTIONS
 
-__all__ = ["REPORT", "write_report"]
+__all__ = ["REPORT", "measured_on", "write_report"]
 
 REPORT = "report.md"
 NOTE = (
@@ -35,7 +35,7 @@ def write_report(folder: Path) -> list[Goal]:
     """
     lines = read_lines(folder)
     goals = goals_of(lines)
-    parts = ["# Serving under load", _measured_on(lines), NOTE, "## Goals", goals_table(goals)]
+    parts = ["# Serving under load", measured_on(lines), NOTE, "## Goals", goals_table(goals)]
     for name, draw in PICTURES.items():
         png = draw(lines)
         if png is not None:
@@ -49,7 +49,8 @@ def write_report(folder: Path) -> list[Goal]:
     return goals
 
 
-def _measured_on(lines: Sequence[Measurement]) -> str:
+def measured_on(lines: Sequence[Measurement]) -> str:
+    """The command, the machine and what was served, for the head of a report."""
     if not lines:
         return "Nothing was measured."
     run = lines[0].run

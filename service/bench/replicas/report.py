@@ -12,9 +12,10 @@ from medley.files import write_whole
 from medley.journal import Measurement, read_lines
 from medley.markdown import table
 from medley.rows import Row, rows_of
-from service.bench.names import MEDLEY, SERVED
+from service.bench.names import MEDLEY
 from service.bench.pictures import finish, plain_log, png_of
 from service.bench.replicas.cells import CONVERGENCE, READ
+from service.bench.report import measured_on
 
 __all__ = ["PICTURE", "REPORT", "write_report"]
 
@@ -40,7 +41,7 @@ def write_report(folder: Path) -> None:
         DataError: see `read_lines`.
     """
     lines = read_lines(folder)
-    parts = ["# Replicas that follow", _measured_on(lines), NOTE]
+    parts = ["# Replicas that follow", measured_on(lines), NOTE]
     png = convergence_png(lines)
     if png is not None:
         write_whole(folder / PICTURE, png)
@@ -112,17 +113,3 @@ def _label(row: Row) -> str:
 
 def _ms(times_s: Sequence[float], share: float) -> str:
     return f"{1e3 * float(np.quantile(times_s, share)):.1f}"
-
-
-def _measured_on(lines: Sequence[Measurement]) -> str:
-    if not lines:
-        return "Nothing was measured."
-    run = lines[0].run
-    served = ", ".join(
-        f"{name} {value}"
-        for line in lines
-        if line.bench == SERVED
-        for name, value in line.conditions.items()
-    )
-    told = f"{run.machine}; {run.versions}; {run.started}."
-    return f"`{run.command}`\n\n{told}\n\nServed: {served}."
