@@ -38,7 +38,7 @@ def test_what_is_registered_with_one_is_answered_by_all(
         assert sorted(one["name"] for one in seen) == list(THREE)
 
 
-@pytest.mark.parametrize("changes", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [24, pytest.param(400, marks=pytest.mark.slow)])
 def test_who_sends_the_generation_is_never_told_that_there_is_no_such_version(
     cluster: Cluster, make: MakeBundle, image: bytes, changes: int
 ) -> None:
