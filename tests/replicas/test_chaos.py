@@ -77,6 +77,7 @@ class Chaos:
         return [
             self.redis_dies,
             self.redis_forgets,
+            self.redis_goes_back,
             self.redis_freezes,
             self.a_wire_is_cut,
             self.a_wire_is_silent,
@@ -93,6 +94,15 @@ class Chaos:
         self.cluster.redis.kill()
         self.a_while()
         self.cluster.redis.restart(empty=True)
+
+    def redis_goes_back(self) -> None:
+        """To what it was a while ago; from then on it keeps nothing else."""
+        with self.cluster.redis.client() as client:
+            client.save()
+        self.a_while()
+        self.cluster.redis.kill()
+        self.cluster.redis.options = ()
+        self.cluster.redis.restart()
 
     def redis_freezes(self) -> None:
         self.cluster.redis.freeze()

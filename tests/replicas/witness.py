@@ -25,7 +25,7 @@ __all__ = ["Witness"]
 
 GENERATION = re.compile(rb'^\{"generation":(\d+),')
 REQUESTS = {"stable": "/v1/classify?model=stable", "swap": "/v1/classify?model=swap"}
-PER_S = 25  # requests a second to each replica: enough to meet every moment, not to fill two cores
+PER_S = 15  # requests a second to each replica: enough to meet every moment, not to fill two cores
 
 
 @dataclass
