@@ -195,7 +195,8 @@ class Cluster:
     def view(self, name: str) -> Path:
         """A copy of the bundle store, for one replica to look at."""
         copy = self.folder / f"{name}-bundles"
-        shutil.copytree(self.bundles, copy)
+        # What is being written there is gone before it can be copied.
+        shutil.copytree(self.bundles, copy, ignore=shutil.ignore_patterns("incoming"))
         return copy
 
     def bring(self, view: Path) -> None:

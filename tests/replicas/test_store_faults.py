@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 
@@ -59,8 +58,7 @@ def test_a_replica_that_cannot_read_the_store_stays_where_it_is_and_catches_up(
             assert b.is_ready()
             pause(0.1)
         assert b.classify(image, "pets").status_code == 404
-        (lacking,) = next(one["lacking"] for one in board(b) if one["this"])
-        assert lacking["version"] == "pets@1"
+        eventually(lambda: lacking(b) == ["pets@1"], what="it says what it lacks")
         if how == "gone":
             eventually(lambda: b.metric("medley_store_up") == 0)
         if how == "gone":
@@ -125,10 +123,10 @@ def test_files_of_others_in_the_store_are_left_alone(
     assert {path: path.read_bytes() for path in foreign} == foreign
 
 
-def board(replica: Replica) -> list[dict[str, Any]]:
-    """What a replica says of all of them."""
-    seen: list[dict[str, Any]] = replica.http.get("/v1/replicas").json()["replicas"]
-    return seen
+def lacking(replica: Replica) -> list[str]:
+    """The versions that keep a replica where it is, by its own word on the board."""
+    seen = replica.http.get("/v1/replicas").json()["replicas"]
+    return [one["version"] for who in seen if who["this"] for one in who["lacking"]]
 
 
 def looking_elsewhere(cluster: Cluster, name: str) -> Replica:
