@@ -42,6 +42,7 @@ from tests.service.conftest import MakeBundle, backbone, image, make
 __all__ = ["backbone", "image", "make"]  # the service's fixtures
 
 CONFIG = ROOT / "deploy" / "ray" / "medley.yaml"
+CONFIGURED = f"{ray_app.__name__}:app"
 KEY = "sesame"
 MOST_HELD = 50
 BODY_S = 120  # in which a body that a test holds back may arrive
@@ -56,7 +57,7 @@ def test_the_file_is_one_of_rays_and_names_our_application() -> None:
 
     checked = ServeDeploySchema.model_validate(config())
     (application,) = checked.applications
-    assert application.import_path == f"{ray_app.__name__}:app"
+    assert application.import_path == CONFIGURED
     (deployment,) = application.deployments
     assert deployment.name == ray_app.app._bound_deployment.name
     _assert_known(config()["applications"][0]["deployments"][0], deployment)
@@ -171,14 +172,16 @@ class RayProcess:
 
 
 @contextmanager
-def running_ray(files: Path, redis: RedisServer) -> Iterator[RayProcess]:
+def running_ray(
+    files: Path, redis: RedisServer, application_at: str = "tests.deploy.tiny_ray:app"
+) -> Iterator[RayProcess]:
     """Run our file on this machine: smaller, with the tiny backbone, two replicas, one proxy."""
     port = free_port()
     small = config()
     small["proxy_location"] = "HeadOnly"
     small["http_options"] |= {"host": "127.0.0.1", "port": port}
     (application,) = small["applications"]
-    application["import_path"] = "tests.deploy.tiny_ray:app"
+    application["import_path"] = application_at
     application["runtime_env"]["env_vars"] |= {
         "MEDLEY_REGISTRY": redis.url,
         "MEDLEY_REGISTRY_PREFIX": files.name,
@@ -277,6 +280,36 @@ def test_two_replicas_share_what_is_registered_and_no_request_is_lost_with_one_o
         assert len(own) in (3, 4)  # of five replicas: two, the update's, and one that still drained
 
 
+@pytest.mark.slow
+def test_the_demo_is_served_by_two_replicas_and_goes_on_when_one_dies(
+    ray_files: Path, tmp_path: Path
+) -> None:
+    pictures = sorted((ROOT / "demo" / "fashion" / "test").rglob("*.png"))
+    image = pictures[0].read_bytes()
+    with (
+        redis_server(ray_files / "redis") as redis,
+        running_ray(ray_files, redis, CONFIGURED) as ray,
+        ray.client() as client,
+    ):
+        client.register("fashion", "1", _learnt("fashion", tmp_path))
+        wanted = _answer(client, image, "fashion")
+        _until(lambda: _tasks(ray) == [["fashion"]] * 2)
+        with _asking(ray, image, "fashion") as answers:
+            ray.replicas()[0].kill()
+            client.register("flags", "1", _learnt("flags", tmp_path))
+            _until(lambda: _tasks(ray) == [["fashion", "flags"]] * 2)
+        assert answers
+        assert all(answer == wanted for answer in answers)
+
+
+def _learnt(task: str, folder: Path) -> Path:
+    """A bundle of the demo, learnt in a few steps."""
+    command = [sys.executable, "-m", "medley", "train", str(ROOT / "demo" / task)]
+    options = ["--task", task, "--version", "1", "--out", str(folder), "--iterations", "5"]
+    subprocess.run([*command, *options], check=True, capture_output=True, cwd=ROOT)
+    return folder / f"{task}-1.safetensors"
+
+
 @contextmanager
 def _holding(
     ray: RayProcess, image: bytes
@@ -321,7 +354,9 @@ def _busy(ray: RayProcess) -> set[str]:
 
 
 @contextmanager
-def _asking(ray: RayProcess, image: bytes) -> Iterator[list[Mapping[str, Any]]]:
+def _asking(
+    ray: RayProcess, image: bytes, model: str = "pets"
+) -> Iterator[list[Mapping[str, Any]]]:
     """Ask from four clients, which retry as ours do, until the block ends; one error ends it."""
     answers: list[Mapping[str, Any]] = []
     stop = threading.Event()
@@ -329,7 +364,7 @@ def _asking(ray: RayProcess, image: bytes) -> Iterator[list[Mapping[str, Any]]]:
     def ask() -> None:
         with ray.client() as client:
             while not stop.is_set():
-                answers.append(_answer(client, image))
+                answers.append(_answer(client, image, model))
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
@@ -341,9 +376,9 @@ def _asking(ray: RayProcess, image: bytes) -> Iterator[list[Mapping[str, Any]]]:
             one.result()
 
 
-def _answer(client: Client, image: bytes) -> Mapping[str, Any]:
+def _answer(client: Client, image: bytes, model: str = "pets") -> Mapping[str, Any]:
     """The answer to an image, without what differs from one request to the next."""
-    answer: ClassifyResponse = client.classify([image], ClassifyOptions(model="pets"))
+    answer: ClassifyResponse = client.classify([image], ClassifyOptions(model=model))
     (result,) = answer.results
     return result.model_dump()
 
