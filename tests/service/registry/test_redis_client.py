@@ -147,8 +147,8 @@ def test_a_sentinel_leads_to_the_master_and_after_a_failover_to_the_next_one(
 def test_a_cluster_holds_a_registry_and_hints_and_comes_back_by_itself(tmp_path: Path) -> None:
     hints = threading.Semaphore(0)
     bus = str(free_port())  # by default 10,000 above the port, which may be too high
-    options = ("--cluster-enabled", "yes", "--cluster-port", bus, "--appendonly", "yes")
-    options += ("--cluster-node-timeout", "500")
+    options = ["--cluster-enabled", "yes", "--cluster-port", bus, "--appendonly", "yes"]
+    options += ["--cluster-node-timeout", "500"]
     with (
         running_redis(tmp_path / "redis", *options) as server,
         server.client() as admin,
