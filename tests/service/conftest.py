@@ -74,8 +74,7 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPro
     store = tmp_path_factory.mktemp("keyed")
     sources = store / "sources"
     sources.mkdir()
-    settings = ("admin_key=sesame", f"bundle_sources={sources}", "generation_wait_s=0.05")
-    with running_server(store, *settings) as started:
+    with running_server(store, "admin_key=sesame", f"bundle_sources={sources}") as started:
         yield started
 
 

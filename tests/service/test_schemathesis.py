@@ -44,7 +44,8 @@ def locked(
 ) -> Iterator[httpx.Client]:
     """A client, with the key, of a server that has one."""
     store = tmp_path_factory.mktemp("api")
-    with start_server(store, "admin_key=admin") as server, server.client() as client:
+    settings = ("admin_key=admin", "generation_wait_s=0.01")  # it draws generations, too
+    with start_server(store, *settings) as server, server.client() as client:
         client.headers.update(KEY)
         yield client
 
