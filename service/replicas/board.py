@@ -17,10 +17,20 @@ from service.registry.redis_client import Client, key, redis_errors
 from service.versions.live import Tier
 from service.versions.operations import Operation
 
-__all__ = ["Board", "Lacking", "LocalBoard", "Phase", "RedisBoard", "Replica", "VersionState"]
+__all__ = [
+    "Board",
+    "Lacking",
+    "LocalBoard",
+    "Phase",
+    "RedisBoard",
+    "Replica",
+    "State",
+    "VersionState",
+]
 
 log = logging.getLogger(__name__)
 KEPT_S = 3600  # operations, after they were last told of
+State = Literal["live", "ready", "loading", "failed"]
 Phase = Literal["starting", "ready", "not_ready", "draining"]
 T = TypeVar("T")
 
@@ -30,7 +40,7 @@ class VersionState:
     """One version on one replica."""
 
     digest: str
-    state: Literal["live", "ready", "failed"]
+    state: State
     tier: Tier
     reason: str | None = None  # why it failed
     attempts: int = 0  # that failed
@@ -74,7 +84,7 @@ class Replica:
     def holds(self, version: str) -> bool:
         """Whether it can answer with a version (task@version)."""
         found = self.versions.get(version)
-        return found is not None and found.state != "failed"
+        return found is not None and found.state in ("live", "ready")
 
 
 class Board(Protocol):

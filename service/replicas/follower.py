@@ -189,7 +189,7 @@ class Follower:
             for one in others
             if one.id != self._me and one.joined
             for state in one.versions.values()
-            if state.state != "failed"
+            if state.state in ("live", "ready")
         }
         return sorted(key for key in failed if snapshot.desired.records[key].digest in digests)
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from medley.errors import MedleyError
 from service.registry.desired import now
-from service.replicas.board import Board, Lacking, Phase, Replica, VersionState
+from service.replicas.board import Board, Lacking, Phase, Replica, State, VersionState
 from service.signals.metrics import Metrics, package_version
 from service.versions.live import Key
 from service.versions.residency import Residency
@@ -85,11 +85,13 @@ class Heartbeat:
     def replica(self) -> Replica:
         """What can be said of this one now."""
         snapshot, residency = self._residency.live.snapshot, self._residency
-        live = set(snapshot.desired.live.items())
+        states: dict[Key, State] = dict.fromkeys(snapshot.desired.live.items(), "live")
+        states |= dict.fromkeys(residency.loading, "loading")
+        states |= dict.fromkeys(snapshot.failed, "failed")
         versions = {
             "@".join(key): VersionState(
                 digest=record.digest,
-                state="failed" if key in snapshot.failed else "live" if key in live else "ready",
+                state=states.get(key, "ready"),
                 tier=snapshot.tier(key),
                 reason=snapshot.failed.get(key),
                 attempts=residency.attempts(key) if key in snapshot.failed else 0,
@@ -114,8 +116,9 @@ class Heartbeat:
         )
 
     def _news_of(self) -> object:
-        snapshot = self._residency.live.snapshot
-        return snapshot.desired.id, snapshot.failed, self._phase(), dict(self._residency.lacking)
+        snapshot, residency = self._residency.live.snapshot, self._residency
+        away = dict(residency.lacking), residency.loading
+        return snapshot.desired.id, snapshot.failed, self._phase(), away
 
     async def _beat(self) -> None:
         while True:

@@ -60,8 +60,8 @@ class Reached:
 
     @property
     def hopeless(self) -> bool:
-        """Whether waiting does not help any more."""
-        return self.alive - len(self.failed) < self.wanted
+        """Whether waiting does not help: who is not heard of may come back, a refusal stays."""
+        return max(self.alive, self.wanted) - len(self.failed) < self.wanted
 
 
 def read_wanted(text: str) -> Wanted:
@@ -90,8 +90,8 @@ class Quorum:
         self._board = board
         self._me = me
 
-    async def check(self, wanted: Wanted) -> None:
-        """See that there are enough replicas at all.
+    async def needed(self, wanted: Wanted) -> int:
+        """How many replicas that is now; a change that begins now is measured by it to its end.
 
         Raises:
             ConflictError: more are wanted than are alive (`too_few_replicas`).
@@ -100,14 +100,15 @@ class Quorum:
         alive = len(await self.replicas())
         if wanted.of(alive) > alive:
             raise ConflictError(f"{alive} replicas are alive", code="too_few_replicas")
+        return wanted.of(alive)
 
     async def wait(
-        self, wanted: Wanted, version: str, *, generation: int, timeout_s: float
+        self, needed: int, version: str, *, generation: int, timeout_s: float
     ) -> Reached:
-        """Wait until as many replicas as wanted serve a generation and have a version.
+        """Wait until as many replicas as needed serve a generation and have a version.
 
         Args:
-            wanted: how many.
+            needed: how many.
             version: task@version.
             generation: the one, or a later one.
             timeout_s: no longer than that.
@@ -116,12 +117,12 @@ class Quorum:
             how far it has come: enough, or not in time, or it cannot be any more.
         """
         end_s, pause_s = time.monotonic() + timeout_s, FIRST_S
-        reached = Reached(generation, 1, 0, 0)
+        reached = Reached(generation, needed, 0, 0)
         while True:
             with suppress(UnavailableError):  # what was seen last holds
-                reached = _reached(await self.replicas(), wanted, version, generation)
+                reached = _reached(await self.replicas(), needed, version, generation)
             left_s = end_s - time.monotonic()
-            if reached.enough or (reached.alive and reached.hopeless) or left_s <= 0:
+            if reached.enough or reached.hopeless or left_s <= 0:
                 return reached
             await asyncio.sleep(min(pause_s, left_s))
             pause_s = min(1.5 * pause_s, LONGEST_S)
@@ -138,7 +139,7 @@ class Quorum:
         return sorted([*joined, me], key=lambda one: (one.name, one.id))
 
 
-def _reached(replicas: Sequence[Replica], wanted: Wanted, version: str, generation: int) -> Reached:
+def _reached(replicas: Sequence[Replica], needed: int, version: str, generation: int) -> Reached:
     there = [one for one in replicas if one.generation >= generation]
     failed = tuple(
         Refusal(one.id, one.name, found.reason or "")
@@ -146,4 +147,4 @@ def _reached(replicas: Sequence[Replica], wanted: Wanted, version: str, generati
         if (found := one.versions.get(version)) is not None and found.state == "failed"
     )
     have = sum(one.holds(version) for one in there)
-    return Reached(generation, wanted.of(len(replicas)), have, len(replicas), failed)
+    return Reached(generation, needed, have, len(replicas), failed)

@@ -15,7 +15,6 @@ from service.errors import MediaTypeError, NotFoundError, PayloadError, RequestT
 from service.intake.forms import checked
 from service.registry.desired import VersionRecord
 from service.replicas.quorum import Reached, read_wanted
-from service.replicas.quorum import Wanted as QuorumWanted
 from service.routes.operations import answer_of
 from service.settings import Settings
 from service.state import CurrentService, Service
@@ -228,41 +227,37 @@ async def delete_task(task: str, service: CurrentService, if_match: IfMatchHeade
     await service.tasks.delete_task(task, if_match=etags.if_match(if_match))
 
 
-async def _quorum(service: Service, replicas: str | None) -> QuorumWanted | None:
-    """What was asked for as `replicas`, before anything changes."""
-    if replicas is None:
-        return None
-    wanted = read_wanted(replicas)
-    await service.quorum.check(wanted)
-    return wanted
+async def _quorum(service: Service, replicas: str | None) -> int | None:
+    """How many replicas were asked for by `replicas`, before anything changes."""
+    return None if replicas is None else await service.quorum.needed(read_wanted(replicas))
 
 
 async def _spread(
-    service: Service, snapshot: Snapshot, key: Key, wanted: QuorumWanted | None, wait_s: float
+    service: Service, snapshot: Snapshot, key: Key, needed: int | None, wait_s: float
 ) -> Response:
     """The answer to a change, when enough replicas have it or the time is over."""
     answer = ChangeAnswer(**_task(snapshot, key[0]).model_dump())
-    if wanted is None:
+    if needed is None:
         return _answer(answer, answer.changed)
     generation = snapshot.desired.generation
     reached = await service.quorum.wait(
-        wanted, "@".join(key), generation=generation, timeout_s=wait_s
+        needed, "@".join(key), generation=generation, timeout_s=wait_s
     )
     answer.replicas = _reached(reached)
     status = HTTPStatus.OK if reached.enough else HTTPStatus.ACCEPTED
     return _answer(answer, answer.changed, status)
 
 
-def _then(service: Service, wanted: QuorumWanted | None) -> Then:
+def _then(service: Service, needed: int | None) -> Then:
     """What is left of a registration once this replica serves it."""
 
     async def then(registered: Registered) -> Registered:
-        if wanted is None:
+        if needed is None:
             return registered
         record, generation = registered.record, registered.snapshot.desired.generation
         version = f"{record.task}@{record.version}"
         reached = await service.quorum.wait(
-            wanted, version, generation=generation, timeout_s=QUORUM_S
+            needed, version, generation=generation, timeout_s=QUORUM_S
         )
         warnings = registered.warnings
         if not reached.enough:
@@ -279,7 +274,7 @@ def _reached(reached: Reached | None) -> ReachedAnswer | None:
 
 
 async def _start(
-    wanted: Wanted, request: Request, service: Service, spread: QuorumWanted | None
+    wanted: Wanted, request: Request, service: Service, spread: int | None
 ) -> Started[Registered]:
     kind, settings, then = _kind(request), service.settings, _then(service, spread)
     if kind == _JSON:

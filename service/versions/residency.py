@@ -119,7 +119,13 @@ class Residency:
     @property
     def complete(self) -> bool:
         """Whether everything is here that has to be, or is known not to work."""
-        return not self._missing(self.live.snapshot.desired)
+        return not self.loading
+
+    @property
+    def loading(self) -> frozenset[Key]:
+        """What the state that is served protects and is yet to come: there was no room before."""
+        missing = self._missing(self.live.snapshot.desired)
+        return frozenset((record.task, record.version) for record in missing)
 
     def attempts(self, key: Key) -> int:
         """How often loading a version has failed since it last did not."""

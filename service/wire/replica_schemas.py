@@ -20,7 +20,7 @@ class ReplicaVersionAnswer(BaseModel):
     """One version on one replica."""
 
     digest: str
-    state: Literal["live", "ready", "failed"]
+    state: Literal["live", "ready", "loading", "failed"]
     tier: Literal["device", "host", "disk"]
     reason: str | None = Field(default=None, description="Why it failed there")
     attempts: int = Field(default=0, description="Loads that failed, one after the other")
