@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from service.bench.console import check_installed, err, fail, out
+from service.bench.console import check_installed, end_in_order, err, fail, out
 from service.bench.replicas.command import replicas
 
 __all__ = ["bench_commands"]
@@ -58,6 +58,7 @@ def serve(
     from service.bench.report import write_report
 
     if not report_only:
+        end_in_order()
         _measure(
             folder,
             backbone=backbone,

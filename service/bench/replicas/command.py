@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.bench.console import check_installed, err, fail, out
+from service.bench.console import check_installed, end_in_order, err, fail, out
 
 __all__ = ["replicas"]
 
@@ -26,6 +26,7 @@ def replicas(
     from service.bench.replicas.report import REPORT, write_report
 
     if not report_only:
+        end_in_order()
         _measure(folder, backbone=backbone, changes=changes, quick=quick)
     write_report(folder)
     out.print(f"{folder / REPORT}", soft_wrap=True, highlight=False)
