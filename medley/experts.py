@@ -1,6 +1,9 @@
-"""One block's experts and router of one task, as plain tensors, and what identifies an expert.
+"""What one task adds to the frozen backbone, as plain tensors, and what identifies an expert.
 
-Legend: E experts, R bottleneck, D width.
+Three kinds: experts under a router beside an MLP, low-rank updates of the two linear layers inside
+it, or other weights altogether.
+
+Legend: E experts, R bottleneck or rank, D width, M hidden width of the MLP, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -12,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BlockExperts", "TaskExperts"]
+__all__ = [
+    "BlockExperts",
+    "BlockLowRank",
+    "LowRank",
+    "TaskExperts",
+    "TaskLowRank",
+    "TaskUpdate",
+    "TaskWeights",
+]
 
 
 @dataclass(frozen=True)
@@ -52,3 +63,47 @@ class TaskExperts:
     text: Mapping[int, BlockExperts]
     top_k: int
     scale: float
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update of a linear layer, x (.., I) to (.., O): x @ down_RI^T @ up_RO, times a scale."""
+
+    down_RI: Tensor
+    up_RO: Tensor
+
+
+@dataclass(frozen=True)
+class BlockLowRank:
+    """Updates of the two linear layers of a block's MLP: `fc` is D to M, `proj` M to D."""
+
+    fc: LowRank
+    proj: LowRank
+
+
+@dataclass(frozen=True)
+class TaskLowRank:
+    """All updates of one task version: by tower, by block (0-based). A tower may have none.
+
+    Source: LoRA, arXiv:2106.09685; on the MLP alone as in ConDU, arXiv:2503.10705.
+    """
+
+    vision: Mapping[int, BlockLowRank]
+    text: Mapping[int, BlockLowRank]
+    scale: float
+
+
+@dataclass(frozen=True)
+class TaskWeights:
+    """A task version that has weights of its own: what is added to those of the backbone.
+
+    Attributes:
+        deltas: float32, by name of the open_clip model's parameters.
+        first_block: image blocks before it, and all that lies before them, are the backbone's own.
+    """
+
+    deltas: Mapping[str, Tensor]
+    first_block: int
+
+
+TaskUpdate = TaskExperts | TaskLowRank | TaskWeights
