@@ -47,6 +47,12 @@ class Frozen:
     features_BE: Tensor | None  # zero-shot image features, if the pass went through all blocks
     depth: int  # first_expert_block as it was
 
+    def rows(self, index_R: Tensor) -> Frozen:
+        """What it says about some of the rows, in the order of the index; one may come twice."""
+        taps = {tap: features_BF[index_R] for tap, features_BF in self.taps.items()}
+        features_BE = None if self.features_BE is None else self.features_BE[index_R]
+        return Frozen(self.hidden_BLD[index_R], taps, features_BE, self.depth)
+
 
 @dataclass(frozen=True)
 class PackedTask:
