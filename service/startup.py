@@ -235,7 +235,7 @@ class Startup:
             registry=registry,
             store=store,
             ledger=shared.ledger,
-            in_use=board.digests,
+            in_use=board.files,
             keep_s=self._settings.keep_unused_s,
             metrics=self._metrics,
         )

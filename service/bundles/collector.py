@@ -2,7 +2,7 @@
 
 A bundle goes when no version names it, no replica uses it, nobody is about to register it, and all
 that has been so for long enough. What cannot be found out deletes nothing. One replica at a time
-does it, beside its serving.
+does it, beside its serving. A unified model lies there like a bundle, and is kept like one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Collector:
     def _collect(self, dry_run: bool) -> Collected:
         # The registry first: what it names by now has had its bytes in the store before.
         desired = self._registry.read()
-        needed = {record.digest for record in desired.versions}
+        needed = desired.files
         there, halves = self._shared.digests(), self._shared.blobs.names(f"{INCOMING}/")
         unused = there - needed - frozenset(self._in_use())
         ages_s = self._ledger.mark(unused.union(halves))

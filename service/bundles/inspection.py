@@ -47,8 +47,7 @@ def inspect(blobs: Blobs, *, verify: bool = True) -> Inspection:
         RegistryError: a newer Medley wrote the registry's copy.
     """
     state = Backup(blobs).newest()  # first: what it names had its bytes there before
-    records = () if state is None else state.desired().versions
-    named = frozenset(record.digest for record in records)
+    named = frozenset() if state is None else state.desired().files
     there = SharedStore(blobs).digests()
     return Inspection(
         generation=None if state is None else state.generation,

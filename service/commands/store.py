@@ -115,7 +115,7 @@ def _collect(settings: Settings, *, dry_run: bool) -> Collected | None:
                 ledger=shared.ledger,
                 in_use=RedisBoard(
                     shared.client, prefix=prefix, ttl_s=settings.replica_ttl_s
-                ).digests,
+                ).files,
                 keep_s=settings.keep_unused_s,
                 metrics=Metrics(),
             )

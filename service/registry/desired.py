@@ -20,13 +20,23 @@ LIVE = "live"  # the alias that decides what a task answers with; the only one t
 
 @dataclass(frozen=True)
 class VersionRecord:
-    """One immutable version of a task; `created_at` informs people and orders nothing."""
+    """One immutable version of a task; `created_at` informs people and orders nothing.
+
+    A version whose method needs one names its unified model, a file that several versions share.
+    """
 
     task: str
     version: str
     digest: str
     created_at: str
     size_bytes: int | None = None  # None where a registry of 0.1 did not keep it
+    method: str = "moe_adapter"  # the only one of registries that did not name it
+    unified: str = ""  # digest
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Digests of all that it is loaded from."""
+        return (self.digest, self.unified) if self.unified else (self.digest,)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,11 @@ class Desired:
     def records(self) -> dict[tuple[str, str], VersionRecord]:
         """Records by task and version."""
         return {(record.task, record.version): record for record in self.versions}
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """Digests of all that any version is loaded from: bundles, and their unified models."""
+        return frozenset(digest for record in self.versions for digest in record.files)
 
     @cached_property
     def tasks(self) -> dict[str, list[VersionRecord]]:

@@ -17,7 +17,7 @@ from service.registry.desired import LIVE, Desired, VersionRecord
 
 __all__ = ["FORMAT", "State", "TaskState"]
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read
 _REMEMBERED = 32  # ids of earlier changes: who lost the answer to its own finds it here
 
 
@@ -93,8 +93,8 @@ class State:
         )
 
     def to_json(self) -> str:
-        """The document as text."""
-        return _document.dump_json(_Document(state=self)).decode()
+        """The document as text, in the oldest format that has all of it."""
+        return _document.dump_json(_Document(state=self, format=_format_of(self))).decode()
 
     @staticmethod
     def from_json(text: str | bytes) -> State:
@@ -120,12 +120,18 @@ class State:
 @dataclass(frozen=True)
 class _Document:
     state: State
-    format: int = FORMAT
+    format: int
 
 
 @dataclass(frozen=True)
 class _Format:
     format: int
+
+
+def _format_of(state: State) -> int:
+    """Format 1 had no unified models: who knows no other would drop their names, then the files."""
+    records = (record for task in state.tasks.values() for record in task.versions)
+    return 2 if any(record.unified for record in records) else 1
 
 
 _document = TypeAdapter(_Document)

@@ -45,6 +45,7 @@ class VersionState:
     reason: str | None = None  # why it failed
     attempts: int = 0  # that failed
     retry_s: float | None = None  # until it is tried again by itself; None: only if asked
+    unified: str = ""  # digest of the unified model that it is loaded from, if it is from one
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Board(Protocol):
     def replicas(self) -> Sequence[Replica]:
         """All that are alive, by name."""
 
-    def digests(self) -> frozenset[str]:
-        """Bundles that any of them serves."""
+    def files(self) -> frozenset[str]:
+        """Digests of what any of them serves from."""
 
     def tell(self, operation: Operation) -> None:
         """Let others know of an operation."""
@@ -128,9 +129,9 @@ class LocalBoard:
         """The one."""
         return list(self._replicas.values())
 
-    def digests(self) -> frozenset[str]:
-        """The ones that it serves."""
-        return _digests(self.replicas())
+    def files(self) -> frozenset[str]:
+        """Those of this one."""
+        return _files(self.replicas())
 
     def tell(self, operation: Operation) -> None:
         """Nobody is there to hear it."""
@@ -206,9 +207,9 @@ class RedisBoard:
         read = (_read(_replica, said) for said in found if said is not None)
         return sorted((one for one in read if one is not None), key=lambda r: (r.name, r.id))
 
-    def digests(self) -> frozenset[str]:
-        """The ones that any of those serves."""
-        return _digests(self.replicas())
+    def files(self) -> frozenset[str]:
+        """Those of any that is alive."""
+        return _files(self.replicas())
 
     def tell(self, operation: Operation) -> None:
         """Keep it for an hour."""
@@ -223,8 +224,10 @@ class RedisBoard:
         return None if found is None else _read(_operation, found)
 
 
-def _digests(replicas: Sequence[Replica]) -> frozenset[str]:
-    return frozenset(state.digest for one in replicas for state in one.versions.values())
+def _files(replicas: Sequence[Replica]) -> frozenset[str]:
+    states = [state for one in replicas for state in one.versions.values()]
+    digests = {state.digest for state in states} | {state.unified for state in states}
+    return frozenset(digests - {""})
 
 
 def _read(kind: TypeAdapter[T], said: bytes | str) -> T | None:

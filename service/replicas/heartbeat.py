@@ -96,6 +96,7 @@ class Heartbeat:
                 reason=snapshot.failed.get(key),
                 attempts=residency.attempts(key) if key in snapshot.failed else 0,
                 retry_s=self.retry_s(key),
+                unified=record.unified,
             )
             for key, record in snapshot.desired.records.items()
         }

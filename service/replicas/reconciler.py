@@ -105,7 +105,7 @@ class Reconciler:
         self._behind_since_s = None
         for task in before.tasks.keys() - desired.tasks.keys():
             self._signals.forget(task)
-        for digest in _digests(before) - _digests(desired):
+        for digest in before.files - desired.files:
             await self.remove(digest)
 
     async def remove(self, digest: str) -> None:
@@ -139,7 +139,3 @@ class Reconciler:
         metrics.versions.labels("live").set(len(live & known))
         metrics.versions.labels("ready").set(len(known - live))
         metrics.versions.labels("failed").set(len(snapshot.failed))
-
-
-def _digests(desired: Desired) -> set[str]:
-    return {record.digest for record in desired.versions}

@@ -140,7 +140,7 @@ class Tasks:
             UnavailableError, StorageError: the registry, or a bundle, cannot be had now.
         """
         desired = await asyncio.to_thread(self._registry.read)
-        await asyncio.to_thread(self._store.clean, {r.digest for r in desired.versions})
+        await asyncio.to_thread(self._store.clean, desired.files)
         await self._reconciler.follow(desired)
         await self._residency.fill()
 

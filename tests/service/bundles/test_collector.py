@@ -87,6 +87,13 @@ class Replica:
         record = VersionRecord(f"task-{number}", version, DIGESTS[number], "now", 1)
         self.registry.register(record, activate=True)
 
+    def commit_fused(self, number: int, unified: int) -> None:
+        """Name a bundle and the unified model that it is a part of."""
+        record = VersionRecord(
+            f"task-{number}", "1", DIGESTS[number], "now", 1, "lora", DIGESTS[unified]
+        )
+        self.registry.register(record, activate=True)
+
     def register(self, number: int) -> None:
         self.keep(number)
         self.commit(number)
@@ -120,6 +127,25 @@ def opened(redis_server: RedisServer, tmp_path: Path) -> Iterator[Open]:
             return replica
 
         yield open_replica
+
+
+def test_a_unified_model_stays_until_the_last_version_that_names_it_is_gone(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
+    for number in range(3):
+        one.keep(number)
+    one.commit_fused(0, 2)
+    one.commit_fused(1, 2)
+    assert one.collect().named == set(DIGESTS[:3])
+
+    one.delete(0)
+    assert one.collect().deleted == {DIGESTS[0]}
+    one.shared.remove(DIGESTS[2])
+    assert other.collect().lost == {DIGESTS[2]}
+    assert one.collect().mended == {DIGESTS[2]}
+    one.delete(1)
+
+    assert one.collect().deleted == {DIGESTS[1], DIGESTS[2]}
+    assert one.shared.digests() == set()
 
 
 def test_a_bundle_that_nobody_needs_any_more_goes_and_no_other(opened: Open) -> None:

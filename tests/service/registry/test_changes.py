@@ -1,6 +1,7 @@
 """The document: what changes make of it against a plain model, and how it is written down."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from medley.errors import MedleyError
 from service.errors import RegistryError
 from service.registry.document import State
-from tests.service.stories import STORIES, Memory, Model, Told, apply
+from tests.service.stories import STORIES, Memory, Model, Told, apply, record
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,12 +67,40 @@ def test_every_state_has_an_id_of_its_own_and_knows_those_before_it() -> None:
 
 
 def test_a_state_of_a_newer_medley_is_refused_in_one_line() -> None:
-    document = json.loads(State().to_json()) | {"format": 2, "what": "else"}
+    document = json.loads(State().to_json()) | {"format": 3, "what": "else"}
 
-    with pytest.raises(RegistryError, match="newer Medley: its format is 2") as caught:
+    with pytest.raises(RegistryError, match="newer Medley: its format is 3") as caught:
         State.from_json(json.dumps(document))
     assert caught.value.code == "registry_foreign"
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_before_unified_models_is_read_and_is_written_so_that_it_can_still_be() -> None:
+    memory = Memory()
+    apply(memory, ("register", "a", "1"))
+    document = json.loads(memory.state.to_json())
+    (written,) = document["state"]["tasks"]["a"]["versions"]
+    assert document["format"] == 1  # an older replica beside this one goes on
+    del written["method"], written["unified"]
+
+    (read,) = State.from_json(json.dumps(document)).desired().versions
+
+    assert read == record("a", "1")
+    assert (read.method, read.files) == ("moe_adapter", (read.digest,))
+
+
+def test_a_state_with_a_unified_model_is_one_that_an_older_medley_refuses() -> None:
+    memory = Memory()
+    fused = replace(record("a", "1"), method="lora", unified="sha256:u")
+    memory.register(fused, activate=True)
+    apply(memory, ("register", "b", "1"))
+
+    text = memory.state.to_json()
+
+    assert json.loads(text)["format"] == 2
+    assert State.from_json(text).desired().files == {fused.digest, "sha256:u", "sha256:b1"}
+    memory.delete_task("a")
+    assert json.loads(memory.state.to_json())["format"] == 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,10 @@ ONE = Replica(
     "1", "a", "ready", 3, "0.1", "sha256:0", "2026", {"t@1": VersionState("d", "live", "device")}
 )
 TWO = replace(
-    ONE, id="2", name="b", versions={"t@2": VersionState("e", "failed", "disk", "why", 2)}
+    ONE,
+    id="2",
+    name="b",
+    versions={"t@2": VersionState("e", "failed", "disk", "why", 2, unified="u")},
 )
 
 
@@ -40,7 +43,7 @@ def test_what_replicas_say_is_what_others_read(redis_server: RedisServer, prefix
     assert board.replicas() == []
     assert (board.beat(TWO), other.beat(ONE)) == (1, 2)
     assert other.replicas() == [ONE, TWO]
-    assert board.digests() == {"d", "e"}
+    assert board.files() == {"d", "e", "u"}
     assert board.beat(replace(ONE, generation=4)) == 2
     assert [one.generation for one in board.replicas()] == [4, 3]
     board.leave("1")
