@@ -51,11 +51,12 @@ class LabelCache:
             if own is not None:
                 return LabelSet("request", labels, own)
         templates = templates or (resident.templates if resident else DEFAULT_TEMPLATES)
-        return LabelSet("request", labels, await self._features(resident, labels, templates))
+        return LabelSet("request", labels, await self.features(resident, labels, templates))
 
-    async def _features(
+    async def features(
         self, resident: Resident | None, labels: tuple[str, ...], templates: tuple[str, ...]
     ) -> Tensor:
+        """Text features, (C, E) on the host, whatever the resident's own classes are."""
         key = (resident.record.digest if resident else "zero_shot", labels, templates)
         kept = self._kept.get(key)
         if kept is None:

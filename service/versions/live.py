@@ -8,7 +8,7 @@ is leased any more, never sooner. Used by the event loop's thread only; knows no
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,16 +87,32 @@ class Snapshot:
     @cached_property
     def union(self) -> LabelSet | None:
         """All live tasks' classes as zero-shot sees them; a name that several tasks have once."""
+        features = [resident.zero_shot.features_CE for resident in self.live.values()]
+        return self.union_of(features) if features else None
+
+    def union_of(self, features: Sequence[Tensor]) -> LabelSet:
+        """The same names in the same order, from other features of each live task's classes."""
+        parts = [
+            features_CE if len(rows) == len(features_CE) else features_CE[rows]
+            for features_CE, rows in zip(features, self._union_rows, strict=True)
+        ]  # nearly always the whole, which is many times as quick
+        return LabelSet("union", self._union_names, torch.cat(parts))
+
+    @cached_property
+    def _union_rows(self) -> tuple[list[int], ...]:
+        """Of each live task, the rows of the classes that no task before it has."""
         seen: set[str] = set()
-        names: list[str] = []
-        parts: list[Tensor] = []
-        for classes in (resident.zero_shot for resident in self.live.values()):
-            rows = [row for name, row in classes.row_of.items() if name not in seen]
+        found = []
+        for classes in (resident.own for resident in self.live.values()):
+            found.append([row for name, row in classes.row_of.items() if name not in seen])
             seen |= classes.row_of.keys()
-            names += [classes.names[row] for row in rows]
-            whole = len(rows) == len(classes.names)  # nearly always, and many times as quick
-            parts.append(classes.features_CE if whole else classes.features_CE[rows])
-        return LabelSet("union", tuple(names), torch.cat(parts)) if parts else None
+        return tuple(found)
+
+    @cached_property
+    def _union_names(self) -> tuple[str, ...]:
+        classes = (resident.own for resident in self.live.values())
+        both = zip(classes, self._union_rows, strict=True)
+        return tuple(own.names[row] for own, rows in both for row in rows)
 
     def key(self, task: str, name: str | None = None) -> Key:
         """The version of a task that a name means: a version, an alias, or None for the live one.
