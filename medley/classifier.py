@@ -8,7 +8,12 @@ by a bit on how many images came together; with several it may, by rounding.
 What is decided is decided where the model is: between a batch's pixels and its answers nothing is
 read back. On a CPU, where looking costs nothing, experts are left out if no image takes a path.
 
-Legend: B images, C classes, E joint embedding width, T tasks, P paths that there may be.
+An image that DDAS gives to nobody may ask for its nearest tasks too. Each of them is one more row,
+which sets out from the trunk that the image has run already; such rows run in forwards of the same
+batch size as the images they belong to.
+
+Legend: B images, C classes, E joint embedding width, T tasks, P paths that there may be, K
+neighbours, R rows beside the images' own.
 """
 
 from __future__ import annotations
@@ -21,10 +26,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medley.neighbours import NOBODY, Neighbours
 from medley.routed import ZERO_SHOT, Frozen, RoutedModel
 from medley.selector import DECIDE, SelectorBank
 
-__all__ = ["Ask", "Classifier", "Launched", "Routed", "check_buckets", "logits"]
+__all__ = [
+    "MAX_NEAREST",
+    "Ask",
+    "Beside",
+    "Classifier",
+    "Launched",
+    "Other",
+    "Place",
+    "Routed",
+    "check_buckets",
+    "logits",
+]
+
+MAX_NEAREST = 16  # neighbours that an image may ask for
+
+Place = tuple[int, int]  # a row of a batch, and which of its neighbours: 0 is the nearest
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,17 @@ class Ask:
 
     path: int | None = None  # None: DDAS decides; ZERO_SHOT or a path: that one
     eligible: frozenset[int] | None = None  # for DDAS: paths that may answer; None means all
+    nearest: int = 0  # how many neighbours are to answer too, if DDAS gives the image to nobody
+    among: frozenset[int] | None = None  # paths that may be neighbours; None means all
+
+
+@dataclass(frozen=True)
+class Other:
+    """A neighbour of an image, and what its path makes of the image."""
+
+    path: int
+    similarity: float  # the greatest cosine with one of its prototypes
+    features_E: Tensor  # unit length, float32
 
 
 @dataclass(frozen=True)
@@ -47,6 +79,7 @@ class Routed:
     tasks: list[int]
     scores_BT: Tensor
     accepted_BT: Tensor
+    others: list[tuple[Other, ...]]  # the nearest first; none unless asked for and unclaimed
 
 
 class Launched(Protocol):
@@ -79,6 +112,7 @@ class Classifier:
         check_buckets(buckets)
         self.model = model
         self.selectors = SelectorBank(model.backbone.device)
+        self.neighbours = Neighbours(model.backbone.device, width=model.backbone.embed_dim)
         self.buckets = tuple(buckets)
 
     @property
@@ -106,7 +140,7 @@ class Classifier:
 
         Raises:
             ValueError: there are more or fewer asks than images, or one names a path that is not
-                loaded. Nothing has started.
+                loaded, or more neighbours than `MAX_NEAREST`. Nothing has started.
         """
         if len(asks) != len(pixels_BCHW):
             raise ValueError(f"{len(asks)} asks for {len(pixels_BCHW)} images")
@@ -136,7 +170,7 @@ class Classifier:
             asks: one for each image that is more than padding.
 
         Raises:
-            ValueError: an ask names a path that is not loaded.
+            ValueError: as for `launch`.
         """
         self._check(asks)
         return self._follow(frozen, asks).wait()
@@ -156,14 +190,52 @@ class Classifier:
         if features_BE is None or not idle:
             features_BE = self.model.finish(frozen, None if idle else paths_B)
         unit_BE = F.normalize(features_BE.float(), dim=-1)
+        beside = self._beside(frozen, asks, paths_B, unit_BE)
         answers = (tensor[: len(asks)] for tensor in (unit_BE, paths_B, scores_BT, accepted_BT))
-        return _Eager(self.selectors.tasks, *answers)
+        return _Eager(self.selectors.tasks, beside, *answers)
+
+    def _beside(
+        self, frozen: Frozen, asks: Sequence[Ask], paths_B: Tensor, unit_BE: Tensor
+    ) -> Beside | None:
+        """Run the rows of the neighbours; None where nobody asks for any."""
+        rows, device = unit_BE.shape[0], unit_BE.device
+        places = self._places(asks)
+        if not places:
+            return None
+        most = 1 + max(rank for _, rank in places)
+        near_BK, similarity_BK = self._near(
+            unit_BE, paths_B, self._among(asks, rows).to(device), most
+        )
+        if device.type == "cpu":
+            places = [place for place in places if near_BK[place] != NOBODY]
+        index_2R = _index(places, rows).to(device)
+        parts = [
+            self._along(frozen, near_BK, index_2R[:, start : start + rows])
+            for start in range(0, index_2R.shape[1], rows)
+        ]
+        return Beside(places, near_BK, similarity_BK, torch.cat([unit_BE[:0], *parts]))
+
+    def _near(
+        self, unit_BE: Tensor, paths_B: Tensor, among_BP: Tensor, most: int
+    ) -> tuple[Tensor, Tensor]:
+        """The neighbours of the rows that nobody claims: a zero-shot row is what they look at."""
+        unclaimed_B = paths_B == ZERO_SHOT
+        return self.neighbours.nearest(unit_BE, among_BP & unclaimed_B[:, None], most)
+
+    def _along(self, frozen: Frozen, near_BK: Tensor, index_2B: Tensor) -> Tensor:
+        """Features of unit length of as many rows as the batch has, each by a neighbour's path."""
+        image_B, rank_B = index_2B
+        features_BE = self.model.finish(frozen.rows(image_B), near_BK[image_B, rank_B])
+        return F.normalize(features_BE.float(), dim=-1)
 
     def _check(self, asks: Sequence[Ask]) -> None:
         """Refuse on the host what would read another path's tables, or beyond them, on a device."""
         for path in {ask.path for ask in asks} - {None, ZERO_SHOT}:
             if path not in self.model.paths:
                 raise ValueError(f"path {path} is not loaded")
+        for nearest in {ask.nearest for ask in asks}:
+            if not 0 <= nearest <= MAX_NEAREST:
+                raise ValueError(f"nearest is {nearest}, must lie between 0 and {MAX_NEAREST}")
 
     def _bucket(self, count: int) -> int:
         for bucket in self.buckets:
@@ -186,6 +258,27 @@ class Classifier:
                     row, [path for path in self.selectors.tasks if path in ask.eligible]
                 ] = True
         return eligible_BP
+
+    def _places(self, asks: Sequence[Ask]) -> list[Place]:
+        """The rows that there may be beside a batch's own, as far as the host knows."""
+        return [
+            (row, rank)
+            for row, ask in enumerate(asks)
+            for rank in range(min(ask.nearest, len(self._candidates(ask))))
+        ]
+
+    def _among(self, asks: Sequence[Ask], rows: int) -> Tensor:
+        """Which paths may be neighbours of each row, (B, P) bool."""
+        among_BP = torch.zeros(rows, self.model.capacity.paths, dtype=torch.bool)
+        for row, ask in enumerate(asks):
+            among_BP[row, list(self._candidates(ask))] = True
+        return among_BP
+
+    def _candidates(self, ask: Ask) -> frozenset[int]:
+        if ask.path is not None or not ask.nearest:
+            return frozenset()
+        paths = self.neighbours.paths
+        return paths if ask.among is None else paths & ask.among
 
     def _all_zero_shot(self, asks: Sequence[Ask]) -> bool:
         """Whether no image can take a path, as far as the host knows."""
@@ -213,10 +306,30 @@ def logits(features_E: Tensor, class_text_CE: Tensor, logit_scale: float) -> Ten
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Rows that a batch ran for the neighbours of its images, wherever they are."""
+
+    places: Sequence[Place]  # of each row, in order of rank for each image
+    near_BK: Tensor
+    similarity_BK: Tensor
+    features_RE: Tensor  # rows after the last place are padding
+
+    def others(self, count: int) -> list[tuple[Other, ...]]:
+        """Bring them to the host, for each of so many images."""
+        paths, similarities = self.near_BK.tolist(), self.similarity_BK.tolist()
+        found: list[list[Other]] = [[] for _ in range(count)]
+        for (row, rank), features_E in zip(self.places, self.features_RE.cpu(), strict=False):
+            if paths[row][rank] != NOBODY:
+                found[row].append(Other(paths[row][rank], similarities[row][rank], features_E))
+        return [tuple(others) for others in found]
+
+
+@dataclass(frozen=True)
 class _Eager:
     """One forward whose answers are where the model is; on a CPU they are there at once."""
 
     tasks: tuple[int, ...]
+    beside: Beside | None
     features_BE: Tensor
     paths_B: Tensor
     scores_BT: Tensor
@@ -227,12 +340,14 @@ class _Eager:
         return self.paths_B.device.type == "cpu"
 
     def wait(self) -> Routed:
+        count = len(self.paths_B)
         return Routed(
             self.features_BE.cpu(),
             self.paths_B.tolist(),
             list(self.tasks),
             self.scores_BT.cpu(),
             self.accepted_BT.cpu(),
+            self.beside.others(count) if self.beside else [()] * count,
         )
 
 
@@ -256,9 +371,16 @@ class _Parts:
             list(self.tasks),
             torch.cat([none_BT, *(r.scores_BT for r in routed)]),
             torch.cat([none_BT.bool(), *(r.accepted_BT for r in routed)]),
+            [others for r in routed for others in r.others],
         )
 
 
 def _padded(pixels_BCHW: Tensor, size: int) -> Tensor:
     missing = size - len(pixels_BCHW)
     return pixels_BCHW if not missing else F.pad(pixels_BCHW, (0, 0) * 3 + (0, missing))
+
+
+def _index(places: Sequence[Place], rows: int) -> Tensor:
+    """Rows and ranks, (2, R) int64; the last place is repeated until R is a multiple of `rows`."""
+    padding = [places[-1]] * (-len(places) % rows) if places else []
+    return torch.tensor([*places, *padding], dtype=torch.int64).reshape(-1, 2).T

@@ -270,6 +270,7 @@ class _Replayed:
             list(self._tasks),
             scores_BP.index_select(1, columns_T),
             accepted_BP.index_select(1, columns_T),
+            [()] * self._count,
         )
 
 
