@@ -1,8 +1,8 @@
-"""Plain fine-tuning of a copy of both towers: the baseline that forgets.
+"""Plain fine-tuning of a copy of both towers: the baseline that forgets, and ConDU's second kind.
 
 Trained are the blocks from the first one on and what follows the last; the stem, the embeddings and
 the logit scale stay frozen. `first_expert_block` 0 with `first_text_block` 0 is full fine-tuning of
-all transformer blocks. What is learnt has no bundle format.
+all transformer blocks.
 
 Legend: B images, L tokens, D width.
 """
@@ -44,6 +44,16 @@ class Finetune(OwnTowers):
         """See `Learner`; the copy stands in for the backbone, so an image meets no more than it."""
         trained = sum(p.numel() for p in self.parameters())
         return ParameterCounts(trained=trained, stored=trained, active=0)
+
+    def deltas(self) -> dict[str, Tensor]:
+        """See `OwnTowers`: by name of the open_clip model's parameters."""
+        before = dict(self.backbone.model.named_parameters())
+        found = {name.replace("/", "."): p.detach() for name, p in self.trained.items()}
+        return {name: (p - before[name]).cpu() for name, p in found.items()}
+
+    def start(self) -> dict[str, Tensor]:
+        """See `OwnTowers`: nothing, all started from the backbone."""
+        return {}
 
     def _reached(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Find the parameters that gradients from both towers' features reach.

@@ -1,15 +1,16 @@
 """Low-rank updates of the MLPs of both towers.
 
-Of the blocks from the first one on; attention and everything else stays frozen. What is learnt has
-no bundle format.
+Of the blocks from the first one on; attention and everything else stays frozen. All tasks on one
+backbone start from the same factors, so that what they learn can be compared and fused.
 
 Legend: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -17,34 +18,45 @@ import torch
 from torch import Tensor, nn
 
 from medley.backbone import Backbone
+from medley.errors import DataError
 from medley.tower import Block
 from trainer.methods.learner import ParameterCounts
 from trainer.methods.own_towers import OwnTowers
 from trainer.settings import TrainSettings
 
-__all__ = ["Lora", "LowRank"]
+__all__ = ["Lora", "LowRank", "shared_start"]
 
 INITIAL_STD = 0.01
+LINEARS = ("fc", "proj")  # of an MLP, in the order of its modules
 
 
 class LowRank(nn.Module):
-    """What a linear layer's update adds to its output: x A B / sqrt(R).
+    """What a linear layer's update adds to its output: x down^T up / sqrt(R).
 
-    B starts at zero, so that the first step starts from CLIP itself. ConDU's code draws both
-    factors, and so does not.
+    `up` starts at zero, so that the first step starts from CLIP itself. ConDU's code draws both
+    factors, and so does not; and draws them anew for every task, so that its deltas hold the
+    difference of two draws beside what was learnt.
+
+    Args:
+        start_RI: what `down` starts from.
+        outputs: O.
 
     Source: LoRA, arXiv:2106.09685; scale and rank as in ConDU, arXiv:2503.10705.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+    start_RI: Tensor
+
+    def __init__(self, start_RI: Tensor, outputs: int) -> None:
         super().__init__()
-        self.a_IR = nn.Parameter(torch.randn(inputs, rank) * INITIAL_STD)
-        self.b_RO = nn.Parameter(torch.zeros(rank, outputs))
+        rank = len(start_RI)
+        self.register_buffer("start_RI", start_RI, persistent=False)
+        self.down_RI = nn.Parameter(start_RI.clone())
+        self.up_RO = nn.Parameter(torch.zeros(rank, outputs))
         self._scale = 1 / math.sqrt(rank)
 
     def forward(self, x_BLI: Tensor) -> Tensor:
         """(B, L, I) to (B, L, O)."""
-        update_BLO: Tensor = self._scale * ((x_BLI @ self.a_IR) @ self.b_RO)
+        update_BLO: Tensor = self._scale * ((x_BLI @ self.down_RI.T) @ self.up_RO)
         return update_BLO
 
 
@@ -59,13 +71,12 @@ class Lora(OwnTowers):
         self, backbone: Backbone, class_prompts: Sequence[str], settings: TrainSettings
     ) -> None:
         super().__init__(backbone, settings, _sharing_copy(backbone.model))
-        rank = settings.bottleneck
-        blocks = self.image_tower.blocks[self.first_image_block :]
-        self.vision = nn.ModuleList(_beside(block, rank) for block in blocks)
-        self.text = nn.ModuleList()
+        self._rank = settings.bottleneck
+        image_blocks = range(self.first_image_block, len(self.image_tower.blocks))
+        self.vision = self._beside("vision", self.image_tower.blocks, image_blocks)
+        self.text = nn.ModuleDict()
         if self.text_tower is not None:
-            text_blocks = self.text_tower.blocks[self.text_blocks.start :]
-            self.text.extend(_beside(block, rank) for block in text_blocks)
+            self.text = self._beside("text", self.text_tower.blocks, self.text_blocks)
         self._learn(class_prompts)
 
     def counts(self) -> ParameterCounts:
@@ -74,22 +85,69 @@ class Lora(OwnTowers):
         active = sum(p.numel() for p in self.vision.parameters())
         return ParameterCounts(trained=trained, stored=trained, active=active)
 
+    def deltas(self) -> dict[str, Tensor]:
+        """See `OwnTowers`: "<tower>.<block>.<fc|proj>.<down|up>"."""
+        found = {}
+        for name, update in self._updates():
+            found[f"{name}.down"] = update.down_RI.detach() - update.start_RI
+            found[f"{name}.up"] = update.up_RO.detach()
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    def start(self) -> dict[str, Tensor]:
+        """See `OwnTowers`: the down factors before the first step; all else started at zero."""
+        return {f"{name}.down": update.start_RI.cpu() for name, update in self._updates()}
+
+    def _updates(self) -> Iterator[tuple[str, LowRank]]:
+        for tower, blocks in (("vision", self.vision), ("text", self.text)):
+            for block, linears in blocks.items():
+                assert isinstance(linears, nn.ModuleDict)
+                for linear, update in linears.items():
+                    assert isinstance(update, LowRank)
+                    yield f"{tower}.{block}.{linear}", update
+
+    def _beside(self, tower: str, blocks: Sequence[Block], which: range) -> nn.ModuleDict:
+        """Hang updates on the two linear layers of each block's MLP."""
+        updates = nn.ModuleDict()
+        for index in which:
+            parts: Any = blocks[index]  # every kind of block wraps a module that has an MLP
+            linears = [m for m in parts.block.mlp.modules() if isinstance(m, nn.Linear)]
+            if len(linears) != len(LINEARS):
+                raise DataError(
+                    f"lora knows MLPs of two linear layers; {tower} block {index} of "
+                    f"{self.backbone.name} has {len(linears)}",
+                    code="settings",
+                )
+            updates[str(index)] = nn.ModuleDict(
+                {
+                    name: self._update(f"{tower}.{index}.{name}", linear)
+                    for name, linear in zip(LINEARS, linears, strict=True)
+                }
+            )
+        return updates
+
+    def _update(self, name: str, linear: nn.Linear) -> LowRank:
+        start_RI = shared_start(self.backbone, name, self._rank, linear.in_features)
+        update = LowRank(start_RI, linear.out_features)
+        linear.register_forward_hook(_adding(update))
+        return update
+
+
+def shared_start(backbone: Backbone, name: str, rank: int, inputs: int) -> Tensor:
+    """Draw what a down factor starts from: (R, I), float32 of bfloat16 values.
+
+    It follows from the backbone, the rank and the name alone: of two tasks, learnt anywhere and
+    with any seed, deltas are from the same point.
+    """
+    about = f"{backbone.fingerprint} {rank} {name}".encode()
+    seed = int.from_bytes(hashlib.sha256(about).digest()[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(seed)
+    drawn_RI = torch.randn(rank, inputs, generator=generator) * INITIAL_STD
+    return drawn_RI.bfloat16().float()
+
 
 def _sharing_copy(model: nn.Module) -> Any:
     """Copy the modules but not the tensors in them."""
     return deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-
-
-def _beside(block: Block, rank: int) -> nn.ModuleList:
-    """Hang updates on the linear layers of a block's MLP."""
-    parts: Any = block  # every kind of block wraps a module that has an MLP
-    updates = nn.ModuleList()
-    for linear in parts.block.mlp.modules():
-        if isinstance(linear, nn.Linear):
-            update = LowRank(linear.in_features, linear.out_features, rank)
-            linear.register_forward_hook(_adding(update))
-            updates.append(update)
-    return updates
 
 
 def _adding(update: LowRank) -> Any:

@@ -5,6 +5,7 @@ Legend: B images, N prompts, L tokens, D width, E joint embedding width.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -31,6 +32,14 @@ class OwnTowers(Learner):
         super().__init__(backbone, settings)
         self.image_tower = image_tower(model.visual)
         self.text_tower = text_tower(model) if self.text_blocks else None
+
+    @abstractmethod
+    def deltas(self) -> dict[str, Tensor]:
+        """What was learnt: the trained tensors less what they started from, float32, on the CPU."""
+
+    @abstractmethod
+    def start(self) -> dict[str, Tensor]:
+        """What they started from, by name, where that is neither zero nor the backbone's own."""
 
     def enter(self, hidden_BLD: Tensor) -> Entrance:
         """See `Learner`."""
