@@ -24,23 +24,41 @@ from open_clip.transformer import (
     VisionTransformer,
     text_global_pool,
 )
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from medley.errors import BackboneError
 
-__all__ = ["Block", "ImageTower", "TextTower", "image_tower", "text_tower"]
+__all__ = ["Beside", "Block", "ImageTower", "TextTower", "image_tower", "text_tower"]
 
 Mask = Tensor | None
+# Which of the MLP's linear layers (0 or 1), its input, its output -> the output to go on with. The
+# output is nobody else's: it may be written into.
+Beside = Callable[[int, Tensor, Tensor], Tensor]
+Linears = tuple[nn.Linear, nn.Linear]
 
 
 class Block(Protocol):
     """One residual block in its two halves."""
 
+    @property
+    def block(self) -> Any:
+        """The library's module."""
+
+    @property
+    def linears(self) -> Linears | None:
+        """The two linear layers that the MLP consists of; None where it is made otherwise."""
+
     def attend(self, x_BLD: Tensor, mask: Mask) -> Tensor:
         """Return the residual stream after attention, (B, L, D)."""
 
-    def mlp(self, x_BLD: Tensor) -> Tensor:
-        """Return what the MLP adds to the residual stream, (B, L, D)."""
+    def mlp(self, x_BLD: Tensor, beside: Beside | None = None) -> Tensor:
+        """Return what the MLP adds to the residual stream, (B, L, D).
+
+        Args:
+            x_BLD: the residual stream after attention.
+            beside: what goes on beside the two linear layers, only where there are `linears`.
+        """
 
 
 @dataclass(frozen=True)
@@ -49,14 +67,20 @@ class OpenClipBlock:
 
     block: ResidualAttentionBlock
 
+    @property
+    def linears(self) -> Linears | None:
+        """See `Block`."""
+        return _linears(self.block.mlp)
+
     def attend(self, x_BLD: Tensor, mask: Mask) -> Tensor:
         """See `Block`."""
         block = self.block
         return x_BLD + block.ls_1(block.attention(q_x=block.ln_1(x_BLD), attn_mask=mask))
 
-    def mlp(self, x_BLD: Tensor) -> Tensor:
+    def mlp(self, x_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """See `Block`."""
-        return self.block.ls_2(self.block.mlp(self.block.ln_2(x_BLD)))
+        block = self.block
+        return block.ls_2(_mlp(block.mlp, block.ln_2(x_BLD), beside))
 
 
 @dataclass(frozen=True)
@@ -65,15 +89,21 @@ class CustomOpenClipBlock:
 
     block: CustomResidualAttentionBlock
 
+    @property
+    def linears(self) -> Linears | None:
+        """See `Block`."""
+        return _linears(self.block.mlp)
+
     def attend(self, x_BLD: Tensor, mask: Mask) -> Tensor:
         """See `Block`."""
         block = self.block
         attended = block.ln_attn(block.attn(block.ln_1(x_BLD), attn_mask=mask))
         return x_BLD + block.ls_1(attended)
 
-    def mlp(self, x_BLD: Tensor) -> Tensor:
+    def mlp(self, x_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """See `Block`."""
-        return self.block.ls_2(self.block.mlp(self.block.ln_2(x_BLD)))
+        block = self.block
+        return block.ls_2(_mlp(block.mlp, block.ln_2(x_BLD), beside))
 
 
 @dataclass(frozen=True)
@@ -82,15 +112,20 @@ class TimmBlock:
 
     block: Any
 
+    @property
+    def linears(self) -> Linears | None:
+        """See `Block`."""
+        return _linears(self.block.mlp) if type(self.block.mlp) is Mlp else None
+
     def attend(self, x_BLD: Tensor, mask: Mask) -> Tensor:
         """See `Block`."""
         block = self.block
         return x_BLD + block.drop_path1(block.ls1(block.attn(block.norm1(x_BLD))))
 
-    def mlp(self, x_BLD: Tensor) -> Tensor:
+    def mlp(self, x_BLD: Tensor, beside: Beside | None = None) -> Tensor:
         """See `Block`."""
         block = self.block
-        return block.drop_path2(block.ls2(block.mlp(block.norm2(x_BLD))))
+        return block.drop_path2(block.ls2(_mlp(block.mlp, block.norm2(x_BLD), beside)))
 
 
 @dataclass(frozen=True)
@@ -102,6 +137,7 @@ class ImageTower:
     blocks: tuple[Block, ...]
     pool: Callable[[Tensor], Tensor]  # output of the last block -> features (B, E)
     width: int
+    behind: tuple[str, ...]  # names, in the tower's module, of all that comes after the blocks
     pools_token_0: bool = False  # the features depend on no other token of the last block
 
 
@@ -162,7 +198,8 @@ def _open_clip_image_tower(visual: VisionTransformer) -> ImageTower:
 
     blocks = tuple(_open_clip_block(b) for b in visual.transformer.resblocks)
     token_0 = visual.attn_pool is None and visual.pool_type == "tok"
-    return ImageTower(stem, embed, blocks, pool, visual.transformer.width, token_0)
+    behind = ("ln_post", "attn_pool", "proj")
+    return ImageTower(stem, embed, blocks, pool, visual.transformer.width, behind, token_0)
 
 
 def _timm_image_tower(visual: TimmModel) -> ImageTower:
@@ -184,7 +221,8 @@ def _timm_image_tower(visual: TimmModel) -> ImageTower:
         return visual.head(trunk.forward_head(trunk.norm(x_BLD)))
 
     blocks = tuple(TimmBlock(b) for b in trunk.blocks)
-    return ImageTower(trunk.patch_embed, embed, blocks, pool, trunk.embed_dim)
+    behind = ("trunk.norm", "trunk.attn_pool", "trunk.fc_norm", "trunk.head", "head")
+    return ImageTower(trunk.patch_embed, embed, blocks, pool, trunk.embed_dim, behind)
 
 
 def _clip_text_tower(model: CLIP) -> TextTower:
@@ -233,3 +271,23 @@ def _project(pooled_BD: Tensor, projection: nn.Linear | Tensor | None) -> Tensor
     if isinstance(projection, nn.Linear):
         return projection(pooled_BD)
     return pooled_BD @ projection
+
+
+def _linears(mlp: nn.Module) -> Linears | None:
+    found = [layer for layer in mlp.children() if isinstance(layer, nn.Linear)]
+    if len(found) != 2 or any(type(layer) is not nn.Linear for layer in found):
+        return None
+    return found[0], found[1]
+
+
+def _mlp(mlp: nn.Module, x_BLD: Tensor, beside: Beside | None) -> Tensor:
+    """Run an MLP, whose layers follow each other in the order in which it names them."""
+    if beside is None:
+        return mlp(x_BLD)
+    count = 0
+    for layer in mlp.children():
+        y = layer(x_BLD)
+        if isinstance(layer, nn.Linear):
+            y, count = beside(count, x_BLD, y), count + 1
+        x_BLD = y
+    return x_BLD
