@@ -15,7 +15,14 @@ from torch import Tensor
 
 from kernels.expert_mixing import reference, training
 
-__all__ = ["expert_mixing", "expert_mixing_norm", "mix", "mix_cuda"]
+__all__ = [
+    "add_low_rank_",
+    "expert_mixing",
+    "expert_mixing_norm",
+    "low_rank",
+    "mix",
+    "mix_cuda",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_EXPERTS = 64  # a program of the kernel holds one step of all of them in registers
@@ -119,6 +126,42 @@ def expert_mixing_norm(
     if x_BLD.device.type == "cuda":
         return expert_mixing_norm_cuda(x_BLD, *routing, *norm, max_top_k, eps)
     return reference.expert_mixing_norm(x_BLD, *routing, *norm, max_top_k=max_top_k, eps=eps)
+
+
+def low_rank(
+    x_BLI: Tensor, slots_B: Tensor, down_SRI: Tensor, up_SRO: Tensor, scale_S: Tensor
+) -> Tensor:
+    """Return each row's low-rank update alone, (B, L, O) in x's dtype, zero where there is none.
+
+    `add_low_rank_` with the layer's output does with one pass over it less.
+
+    Raises:
+        ValueError: as `add_low_rank_`.
+    """
+    y_BLO = x_BLI.new_zeros(*x_BLI.shape[:2], up_SRO.shape[-1])
+    return add_low_rank_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
+
+
+def add_low_rank_(
+    y_BLO: Tensor,
+    x_BLI: Tensor,
+    slots_B: Tensor,
+    down_SRI: Tensor,
+    up_SRO: Tensor,
+    scale_S: Tensor,
+) -> Tensor:
+    """Add each row's own low-rank update of a linear layer to that layer's output, in place.
+
+    The definition, arguments and answer are those of `reference.add_low_rank_`. On a CUDA device a
+    slot out of range counts as none. The CPU path reads the slots and is not for tracing.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or memory layouts that do not fit, and on a CPU a slot
+            out of range. On CUDA also an I or O that is not a multiple of 16, or a rank that the
+            launch table has no room for.
+    """
+    _check_low_rank(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
+    return reference.add_low_rank_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
 
 
 @torch.library.custom_op("medley::mix", mutates_args=(), device_types="cuda")
@@ -232,6 +275,34 @@ def _check_routing(
         _check_range("slots_PE", slots_PE, None, len(weights_S2RD))
 
 
+def _check_low_rank(
+    y_BLO: Tensor,
+    x_BLI: Tensor,
+    slots_B: Tensor,
+    down_SRI: Tensor,
+    up_SRO: Tensor,
+    scale_S: Tensor,
+) -> None:
+    if x_BLI.ndim != 3 or down_SRI.ndim != 3 or up_SRO.ndim != 3:
+        raise ValueError(
+            f"x_BLI has shape {tuple(x_BLI.shape)}, down_SRI {tuple(down_SRI.shape)} and up_SRO "
+            f"{tuple(up_SRO.shape)}, expected (B, L, I), (S, R, I) and (S, R, O)"
+        )
+    B, L, inputs = x_BLI.shape
+    S, R, outputs = up_SRO.shape
+    wide = _check_x("x_BLI", x_BLI)
+    for name, tensor, shape, dtype in (
+        ("y_BLO", y_BLO, (B, L, outputs), x_BLI.dtype),
+        ("slots_B", slots_B, (B,), torch.int64),
+        ("down_SRI", down_SRI, (S, R, inputs), x_BLI.dtype),
+        ("up_SRO", up_SRO, (S, R, outputs), x_BLI.dtype),
+        ("scale_S", scale_S, (S,), wide),
+    ):
+        _check(x_BLI, name, tensor, shape, dtype, beside="x_BLI")
+    if x_BLI.device.type != "cuda":
+        _check_range("slots_B", slots_B, None, S)
+
+
 def _check_pool(x_BLD: Tensor, weights_S2RD: Tensor, biases_SF: Tensor) -> torch.Size:
     """Check what all forms share, and return (B, L, D)."""
     if x_BLD.ndim != 3 or weights_S2RD.ndim != 4:
@@ -239,30 +310,41 @@ def _check_pool(x_BLD: Tensor, weights_S2RD: Tensor, biases_SF: Tensor) -> torch
             f"x_BLD has shape {tuple(x_BLD.shape)} and weights_S2RD {tuple(weights_S2RD.shape)}, "
             "expected (B, L, D) and (S, 2, R, D)"
         )
-    if x_BLD.shape[1] == 0:
-        raise ValueError(f"x_BLD has shape {tuple(x_BLD.shape)}, expected at least one token")
     D = x_BLD.shape[2]
     slots, _, bottleneck, _ = weights_S2RD.shape
-    # float64 is for gradient checks on a CPU.
-    dtypes = _DTYPES if x_BLD.device.type == "cuda" else (*_DTYPES, torch.float64)
-    if x_BLD.dtype not in dtypes:
-        raise ValueError(f"x_BLD is {x_BLD.dtype}, expected one of {dtypes}")
-    _check(x_BLD, "x_BLD", x_BLD, x_BLD.shape, x_BLD.dtype)
+    wide = _check_x("x_BLD", x_BLD)
     _check(x_BLD, "weights_S2RD", weights_S2RD, (slots, 2, bottleneck, D), x_BLD.dtype)
-    wide = torch.promote_types(x_BLD.dtype, torch.float32)
     _check(x_BLD, "biases_SF", biases_SF, (slots, bottleneck + D), wide)
     return x_BLD.shape
 
 
+def _check_x(name: str, x: Tensor) -> torch.dtype:
+    """Check what the others have to fit, and return the dtype of biases, routers and scales."""
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least one token")
+    # float64 is for gradient checks on a CPU.
+    dtypes = _DTYPES if x.device.type == "cuda" else (*_DTYPES, torch.float64)
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}, expected one of {dtypes}")
+    _check(x, name, x, x.shape, x.dtype, beside=name)
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _check(
-    x_BLD: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    x: Tensor,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    beside: str = "x_BLD",
 ) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
-    if tensor.device != x_BLD.device:
-        raise ValueError(f"{name} is on {tensor.device}, x_BLD on {x_BLD.device}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, {beside} on {x.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: its strides are {tensor.stride()}")
 
