@@ -16,15 +16,17 @@ from torch import Tensor
 
 from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
+from medley.decoupled import task_update
 from medley.errors import BackboneError, BundleError
 from medley.manifest import BackboneRef
 from medley.precision import ADDED_TOLERANCE
 from medley.routed import PackedTask
 from medley.selector import TaskSelector
+from medley.unified import Unified
 
 __all__ = ["PackedBundle", "admit", "backbone_ref", "pack", "prove", "record_self_test", "retire"]
 
-_EXPERTS = ("vision.", "text.")  # how the names of their tensors begin
+_PATH = ("vision.", "text.", "trigger")  # how the names of what becomes the path begin
 
 
 @dataclass(frozen=True)
@@ -75,30 +77,41 @@ def record_self_test(
     }
 
 
-def pack(bundle: Bundle, classifier: Classifier) -> PackedBundle:
+def pack(bundle: Bundle, classifier: Classifier, unified: Unified | None = None) -> PackedBundle:
     """Do what admitting a bundle takes on the host; any thread may.
 
+    Args:
+        bundle: what `read_bundle` made.
+        classifier: the one that will serve it.
+        unified: the unified model that the bundle names, if it names one.
+
     Raises:
-        BundleError: it is for another backbone (code `wrong_backbone`, every difference is listed).
+        BundleError: it is for another backbone (code `wrong_backbone`, every difference is listed),
+            or its unified model is missing or another one, see `task_update`.
         CapacityError: it is larger than the slots of this classifier.
     """
     _check_backbone(bundle, classifier)
     try:
-        task = classifier.model.pack(bundle.task_experts())
-    except BackboneError as error:
+        task = classifier.model.pack(task_update(bundle, unified))
+    except (BackboneError, ValueError) as error:
         raise BundleError([str(error)], code="wrong_backbone") from error
-    rest = {n: t for n, t in bundle.tensors.items() if not n.startswith(_EXPERTS)}
+    rest = {n: t for n, t in bundle.tensors.items() if not n.startswith(_PATH)}
     return PackedBundle(Bundle(bundle.manifest, rest), task, bundle.selector())
 
 
 def admit(
-    bundle: Bundle | PackedBundle, classifier: Classifier, *, images: int | None = None
+    bundle: Bundle | PackedBundle,
+    classifier: Classifier,
+    *,
+    unified: Unified | None = None,
+    images: int | None = None,
 ) -> int:
     """Load a bundle, run its self-test on the real model, and make it routable.
 
     Args:
         bundle: what `read_bundle` or `pack` made.
         classifier: the one that will serve it.
+        unified: the unified model that a bundle names; one that is packed has no need of it.
         images: at least 1, how many of the self-test to run now; the others are for `prove`. None:
             all of them.
 
@@ -110,7 +123,7 @@ def admit(
             (`self_test_failed`). Nothing stays loaded.
         CapacityError: there is no room for it. Nothing stays loaded.
     """
-    packed = pack(bundle, classifier) if isinstance(bundle, Bundle) else bundle
+    packed = pack(bundle, classifier, unified) if isinstance(bundle, Bundle) else bundle
     path = classifier.model.load(packed.task)
     try:
         classifier.selectors.add(path, packed.selector)

@@ -24,6 +24,7 @@ from medley import sealed
 from medley.errors import BundleError
 from medley.experts import BlockExperts, TaskExperts
 from medley.files import write_whole
+from medley.fusion import packed_bytes
 from medley.manifest import FORMAT, READABLE_FORMATS, Manifest, TowerExperts
 from medley.selector import TaskSelector
 from medley.stored_selector import (
@@ -32,6 +33,7 @@ from medley.stored_selector import (
     selector_spec,
     selector_tensors,
     stored_selector,
+    unit_rows,
 )
 
 __all__ = [
@@ -80,13 +82,18 @@ class Bundle:
         return {block: self._block(f"{tower}.{block}") for block in sorted(blocks)}
 
     def task_experts(self) -> TaskExperts:
-        """Both towers' experts, as `RoutedModel.load` takes them."""
+        """Both towers' experts, of a bundle of `moe_adapter`; see `medley/decoupled.py`."""
         return TaskExperts(
             vision=self.experts("vision"),
             text=self.experts("text"),
             top_k=self.manifest.top_k,
             scale=self.manifest.scale,
         )
+
+    @property
+    def prototypes(self) -> Tensor | None:
+        """A prototype of each class, of unit length, float32; None where it has none."""
+        return self.tensors["prototypes"] if self.manifest.prototypes else None
 
     def selector(self) -> TaskSelector:
         """What decides which images are this task's."""
@@ -158,7 +165,7 @@ def read_bundle(source: bytes | Path, *, max_bytes: int = MAX_BUNDLE_BYTES) -> B
     if manifest is None:
         raise BundleError(_shortened(problems))
     bundle = Bundle(manifest, file.tensors)
-    problems += _misfits(bundle) or _wrong_digests(bundle)
+    problems += _misfits(bundle) or [*_wrong_digests(bundle), *_bad_fusion(bundle)]
     if problems:
         raise BundleError(_shortened(problems))
     return bundle
@@ -187,9 +194,12 @@ def _parse_manifest(text: str) -> tuple[Manifest | None, list[str]]:
 def _check_format(raw: Any) -> None:
     """Refuse another format version as such, before its unknown fields are called wrong."""
     version = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(raw, dict) and raw.get("kind") == "unified":
+        problem = "this is a unified model, which bundles name, and no bundle"
+        raise BundleError([problem], code="not_a_bundle")
     if isinstance(version, int) and version not in READABLE_FORMATS:
-        readable = " and ".join(map(str, READABLE_FORMATS))
-        problem = f"this is bundle format {version}, only formats {readable} can be read"
+        first, last = READABLE_FORMATS[0], READABLE_FORMATS[-1]
+        problem = f"this is bundle format {version}, only formats {first} to {last} can be read"
         raise BundleError([problem], code="unsupported_format")
 
 
@@ -212,6 +222,10 @@ def _expected_tensors(manifest: Manifest) -> dict[str, _Expected]:
         "self_test.logits": _Expected((N, C), (torch.float32,)),
         "self_test.scores": _Expected((N,), (torch.float32,)),
     }
+    if manifest.fusion is not None:
+        expected["trigger"] = _Expected((packed_bytes(manifest.fusion.elements),), (torch.uint8,))
+    if manifest.prototypes:
+        expected["prototypes"] = _Expected((C, manifest.backbone.embed_dim), (torch.float32,))
     for tower in TOWERS:
         spec: TowerExperts = getattr(manifest, tower)
         for block, digests in spec.blocks.items():
@@ -258,6 +272,19 @@ def _wrong_digests(bundle: Bundle) -> list[str]:
         for index, digest in enumerate(getattr(bundle.manifest, tower).blocks[block])
         if experts.digest(index) != digest
     ]
+
+
+def _bad_fusion(bundle: Bundle) -> list[str]:
+    """What is wrong in values that only some methods have."""
+    problems, fusion = [], bundle.manifest.fusion
+    prototypes_CE = bundle.prototypes
+    if prototypes_CE is not None and not unit_rows(prototypes_CE):
+        problems.append("tensor prototypes has rows that are not of unit length")
+    if fusion is not None and fusion.elements % 8:
+        beyond = int(bundle.tensors["trigger"][-1]) >> fusion.elements % 8
+        if beyond:
+            problems.append(f"tensor trigger has bits beyond its {fusion.elements} elements")
+    return problems
 
 
 def _shortened(problems: list[str]) -> list[str]:

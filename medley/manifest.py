@@ -25,9 +25,11 @@ __all__ = [
     "AutoencoderSpec",
     "BackboneRef",
     "Calibration",
+    "FusionRef",
     "GaussianSpec",
     "LevelSpec",
     "Manifest",
+    "Method",
     "PrototypeSpec",
     "SelectorSpec",
     "SelfTest",
@@ -35,8 +37,8 @@ __all__ = [
     "Training",
 ]
 
-FORMAT = 2  # that is written
-READABLE_FORMATS = (1, 2)
+FORMAT = 3  # that is written
+READABLE_FORMATS = (1, 2, 3)
 _FOREIGN = "alexnet:"  # how a feature begins that is not the backbone's
 _UNSEALED = "0" * 64
 
@@ -67,6 +69,7 @@ MAX_FLOAT32 = 3.4028234663852886e38
 Float32 = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]  # what tensors compute with
 Dim = Annotated[int, Field(ge=1, le=1_000_000)]
 Block = Annotated[int, Field(ge=0, le=999)]
+Method = Literal["moe_adapter", "lora", "finetune"]
 Scalar = bool | int | float | Annotated[str, Field(max_length=1000)] | None
 
 
@@ -189,6 +192,19 @@ class SelectorSpec(_Part):
         )
 
 
+class FusionRef(_Part):
+    """The unified model that this task's delta was fused into, and how to have it back.
+
+    `unified` is its digest, `elements` how many it has, of which the tensor `trigger` holds a bit
+    each; `tasks` are those that were fused together, as `task@version`.
+    """
+
+    unified: Digest
+    elements: Annotated[int, Field(ge=1, lt=2**40)]
+    rescaler: Annotated[float, Field(ge=0, le=MAX_FLOAT32)]
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1, max_length=10_000)]
+
+
 class Training(_Part):
     """Where the task comes from; `after` are the bundles whose experts it could reuse."""
 
@@ -223,13 +239,15 @@ class Manifest(_Part):
     ]
     templates: Annotated[tuple[Template, ...], Field(min_length=1, max_length=1_000)]
     backbone: BackboneRef
-    method: Literal["moe_adapter"] = "moe_adapter"
+    method: Method = "moe_adapter"
     first_expert_block: Block
     bottleneck: Dim
     top_k: Annotated[int, Field(ge=1, le=1024)]
     scale: Annotated[float, Field(gt=0, le=MAX_FLOAT32)]
     vision: TowerExperts
     text: TowerExperts
+    fusion: FusionRef | None = None
+    prototypes: bool = False
     selector: SelectorSpec
     training: Training
     licence: Text
@@ -246,7 +264,18 @@ class Manifest(_Part):
         return self
 
     @model_validator(mode="after")
+    def _experts_or_a_fusion(self) -> Self:
+        fused = self.method != "moe_adapter"
+        if fused != (self.fusion is not None):
+            raise ValueError(f"method {self.method} {'needs a' if fused else 'has no'} fusion")
+        if fused and (self.vision.blocks or self.text.blocks):
+            raise ValueError(f"method {self.method} has no experts")
+        return self
+
+    @model_validator(mode="after")
     def _nothing_newer_than_its_format(self) -> Self:
+        if self.format < 3 and self.model_fields_set & {"fusion", "prototypes"}:
+            raise ValueError(f"format {self.format} has no fusion and no prototypes")
         if self.format == 1 and not self.selector.fits_format_1():
             raise ValueError("format 1 has only linear autoencoders, without kind and reference")
         return self

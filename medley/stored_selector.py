@@ -30,6 +30,7 @@ __all__ = [
     "selector_spec",
     "selector_tensors",
     "stored_selector",
+    "unit_rows",
 ]
 
 # How far from 1 a prototype may be long: half precision does not keep a length.
@@ -114,7 +115,7 @@ def bad_selector_values(tensors: Mapping[str, Tensor]) -> list[str]:
             continue
         if field == "std" and not (tensor > 0).all():
             problems.append(f"tensor {name} has values that are not positive")
-        if field == "prototypes" and not _unit_rows(tensor):
+        if field == "prototypes" and not unit_rows(tensor):
             problems.append(f"tensor {name} has rows that are not of unit length")
     return problems
 
@@ -165,6 +166,7 @@ def _shapes(spec: LevelSpec) -> tuple[tuple[int, ...], ...]:
     return ((spec.prototypes, F),)
 
 
-def _unit_rows(tensor: Tensor) -> bool:
+def unit_rows(tensor: Tensor) -> bool:
+    """Whether all rows are of unit length, but for rounding."""
     lengths = tensor.double().square().sum(-1).sqrt()
     return bool(((lengths - 1).abs() <= LENGTH_TOLERANCE).all())

@@ -408,11 +408,11 @@ def test_the_seal_of_a_bundle_is_the_one_at_its_place() -> None:
     assert refusal(resealed(longer)).code in {"bundle_invalid", "not_safetensors"}
 
 
-@pytest.mark.parametrize("version", [0, 3, 999, -1, 10**30])
+@pytest.mark.parametrize("version", [0, 4, 999, -1, 10**30])
 def test_another_format_version_is_called_so(version: int) -> None:
     error = refusal(with_manifest(lambda m: m.update(format=version, new_field={"x": 1})))
     assert error.code == "unsupported_format"
-    assert error.problems == [f"this is bundle format {version}, only formats 1 and 2 can be read"]
+    assert error.problems == [f"this is bundle format {version}, only formats 1 to 3 can be read"]
 
 
 @pytest.mark.parametrize(

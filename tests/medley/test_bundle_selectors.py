@@ -357,15 +357,19 @@ def test_the_scores_of_a_bundle_of_format_1_are_the_old_formulas_bit_for_bit() -
     assert torch.equal(bundle.selector().scores(recorded), expected_B)
 
 
-def test_a_bundle_of_format_1_is_admitted_and_answers_as_it_did() -> None:
+@pytest.mark.parametrize("format", [1, 2])
+def test_a_bundle_of_an_older_format_is_admitted_and_answers_as_it_did(format: int) -> None:
     classifier = Classifier(RoutedModel(tiny_backbone(), first_expert_block=1), buckets=(4,))
-    assert admit(read_bundle(OLD), classifier) in classifier.selectors.tasks
+    bundle = read_bundle(GOLDEN / f"bundle_format_{format}.safetensors")
+    assert bundle.manifest.format == format
+    assert bundle.prototypes is None
+    assert admit(bundle, classifier) in classifier.selectors.tasks
 
 
 def test_what_was_read_in_format_1_is_written_in_the_present_one(tmp_path: Path) -> None:
     old = read_bundle(OLD)
     new = write_bundle(old.manifest, old.tensors, tmp_path / "b.safetensors")
-    assert new.manifest.format == FORMAT == 2
+    assert new.manifest.format == FORMAT == 3
     assert new.digest != old.digest
     assert new.manifest.selector == old.manifest.selector
 

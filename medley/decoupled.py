@@ -1,0 +1,73 @@
+"""A trigger bundle and its unified model to what they add to the backbone.
+
+Legend: R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from medley.bundle import Bundle
+from medley.experts import BlockLowRank, LowRank, TaskLowRank, TaskUpdate, TaskWeights
+from medley.fusion import Deltas, Trigger, decouple, unpack_masks
+from medley.unified import Unified, check_belongs
+
+__all__ = ["deltas_of", "low_rank_of", "task_update", "trigger_of"]
+
+
+def task_update(bundle: Bundle, unified: Unified | None = None) -> TaskUpdate:
+    """Say what a bundle adds to the backbone, as `RoutedModel.load` takes it.
+
+    Args:
+        bundle: of any method.
+        unified: the unified model that it names, if it names one.
+
+    Raises:
+        BundleError: that is missing (`unified_missing`) or another one (`unified_mismatch`).
+    """
+    manifest = bundle.manifest
+    if manifest.method == "moe_adapter":
+        return bundle.task_experts()
+    deltas = deltas_of(bundle, unified)
+    if manifest.method == "finetune":
+        return TaskWeights(deltas, manifest.first_expert_block)
+    assert unified is not None
+    return low_rank_of(deltas, unified.start, manifest.scale)
+
+
+def deltas_of(bundle: Bundle, unified: Unified | None) -> Deltas:
+    """Decouple a task's delta, float32, from its unified model; BundleError as `task_update`."""
+    check_belongs(bundle.manifest, unified)
+    assert unified is not None
+    return decouple(unified.deltas, trigger_of(bundle, unified))
+
+
+def trigger_of(bundle: Bundle, unified: Unified) -> Trigger:
+    """The masks and the rescaler of a bundle that belongs to `unified`."""
+    fusion = bundle.manifest.fusion
+    assert fusion is not None
+    return Trigger(unpack_masks(bundle.tensors["trigger"], unified.shapes), fusion.rescaler)
+
+
+def low_rank_of(deltas: Deltas, start: Mapping[str, Tensor], scale: float) -> TaskLowRank:
+    """Low-rank updates whose factors differ by `deltas` from where they started: `start`, or 0."""
+    factors = {
+        name: delta + start[name].float() if name in start else delta
+        for name, delta in deltas.items()
+    }
+
+    def tower(name: str) -> dict[int, BlockLowRank]:
+        blocks = sorted({int(n.split(".")[1]) for n in factors if n.startswith(f"{name}.")})
+        return {block: _block(factors, f"{name}.{block}") for block in blocks}
+
+    return TaskLowRank(tower("vision"), tower("text"), scale)
+
+
+def _block(factors: Deltas, place: str) -> BlockLowRank:
+    fc, proj = (
+        LowRank(factors[f"{place}.{linear}.down"], factors[f"{place}.{linear}.up"])
+        for linear in ("fc", "proj")
+    )
+    return BlockLowRank(fc, proj)
