@@ -127,6 +127,9 @@ def admit(
     path = classifier.model.load(packed.task)
     try:
         classifier.selectors.add(path, packed.selector)
+        prototypes_CE = packed.bundle.prototypes
+        if prototypes_CE is not None:
+            classifier.neighbours.add(path, prototypes_CE)
         classifier.prepare()
         prove(packed, classifier, path, slice(images))
     except (BackboneError, ValueError) as error:  # DDAS looks at a feature that is not here
@@ -169,6 +172,8 @@ def retire(path: int, classifier: Classifier) -> None:
     """Take a path out of routing and free its slots."""
     if path in classifier.selectors.tasks:
         classifier.selectors.remove(path)
+    if path in classifier.neighbours.paths:
+        classifier.neighbours.remove(path)
     classifier.model.unload(path)
     classifier.prepare()
 

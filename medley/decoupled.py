@@ -5,16 +5,12 @@ Legend: R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from medley.bundle import Bundle
 from medley.experts import BlockLowRank, LowRank, TaskLowRank, TaskUpdate, TaskWeights
 from medley.fusion import Deltas, Trigger, decouple, unpack_masks
 from medley.unified import Unified, check_belongs
 
-__all__ = ["deltas_of", "low_rank_of", "task_update", "trigger_of"]
+__all__ = ["deltas_of", "task_update", "trigger_of", "update_of"]
 
 
 def task_update(bundle: Bundle, unified: Unified | None = None) -> TaskUpdate:
@@ -31,10 +27,8 @@ def task_update(bundle: Bundle, unified: Unified | None = None) -> TaskUpdate:
     if manifest.method == "moe_adapter":
         return bundle.task_experts()
     deltas = deltas_of(bundle, unified)
-    if manifest.method == "finetune":
-        return TaskWeights(deltas, manifest.first_expert_block)
     assert unified is not None
-    return low_rank_of(deltas, unified.start, manifest.scale)
+    return update_of(unified, deltas)
 
 
 def deltas_of(bundle: Bundle, unified: Unified | None) -> Deltas:
@@ -51,18 +45,22 @@ def trigger_of(bundle: Bundle, unified: Unified) -> Trigger:
     return Trigger(unpack_masks(bundle.tensors["trigger"], unified.shapes), fusion.rescaler)
 
 
-def low_rank_of(deltas: Deltas, start: Mapping[str, Tensor], scale: float) -> TaskLowRank:
-    """Low-rank updates whose factors differ by `deltas` from where they started: `start`, or 0."""
+def update_of(unified: Unified, deltas: Deltas) -> TaskUpdate:
+    """Say what these deltas of a unified model's kind add to the backbone."""
+    about = unified.manifest
+    if about.method == "finetune":
+        return TaskWeights(deltas, about.first_expert_block)
+    assert about.scale is not None
     factors = {
-        name: delta + start[name].float() if name in start else delta
+        name: delta + unified.start[name].float() if name in unified.start else delta
         for name, delta in deltas.items()
     }
+    return TaskLowRank(_tower(factors, "vision"), _tower(factors, "text"), about.scale)
 
-    def tower(name: str) -> dict[int, BlockLowRank]:
-        blocks = sorted({int(n.split(".")[1]) for n in factors if n.startswith(f"{name}.")})
-        return {block: _block(factors, f"{name}.{block}") for block in blocks}
 
-    return TaskLowRank(tower("vision"), tower("text"), scale)
+def _tower(factors: Deltas, tower: str) -> dict[int, BlockLowRank]:
+    blocks = sorted({int(name.split(".")[1]) for name in factors if name.startswith(f"{tower}.")})
+    return {block: _block(factors, f"{tower}.{block}") for block in blocks}
 
 
 def _block(factors: Deltas, place: str) -> BlockLowRank:

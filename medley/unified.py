@@ -93,9 +93,11 @@ class Unified:
 
 
 def write_unified(
-    manifest: UnifiedManifest, deltas: Deltas, start: Mapping[str, Tensor], path: Path
+    manifest: UnifiedManifest, deltas: Deltas, start: Mapping[str, Tensor], folder: Path
 ) -> Unified:
-    """Seal a unified model and put it at `path`, whole or not at all; equal content, equal bytes.
+    """Seal a unified model and put it into a folder, whole or not at all.
+
+    The file is called `unified_name` of its digest; equal content gives equal bytes.
 
     Raises:
         BundleError: the reader would refuse it, or (code `not_written`) it cannot be written.
@@ -106,6 +108,7 @@ def write_unified(
     named |= {f"start.{name}": tensor for name, tensor in start.items()}
     data = sealed.pack(text, named)
     unified = read_unified(data)
+    path = folder / unified_name(unified.digest)
     try:
         write_whole(path, data)
     except OSError as error:

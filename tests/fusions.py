@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from medley.bundle import Bundle, write_bundle
 from medley.fusion import Deltas, Fusion, pack_masks, unify
 from medley.manifest import BackboneRef, FusionRef, TowerExperts
-from medley.unified import Unified, UnifiedManifest, unified_name, write_unified
+from medley.unified import Unified, UnifiedManifest, write_unified
 from tests.fakes import TINY_BACKBONE, tiny_bundle
 
 __all__ = ["RANK", "low_rank_deltas", "low_rank_start", "written_fusion"]
@@ -88,9 +88,7 @@ def written_fusion(
         tasks=names,
     )
     start = low_rank_start(first) if lora else {}
-    incoming = folder / "incoming"
-    unified = write_unified(manifest, fusion.unified, start, incoming)
-    incoming.rename(folder / unified_name(unified.digest))
+    unified = write_unified(manifest, fusion.unified, start, folder)
     bundles = {
         task: _bundle(folder, task, unified, fusion, place, names, fields)
         for place, task in enumerate(deltas)
