@@ -56,6 +56,16 @@ class Freeze(StrEnum):
     COUNT = "count"
 
 
+class RedundancyName(StrEnum):
+    """How it is measured that groups of ranks do the same."""
+
+    OFF = "off"
+    FEATURE_CORRELATION = "feature_correlation"
+    DISTRIBUTION_DIVERGENCE = "distribution_divergence"
+    OUTPUT_COSINE = "output_cosine"
+    WEIGHT = "weight"
+
+
 class SelectorName(StrEnum):
     """Kinds of selectors."""
 
@@ -107,6 +117,25 @@ def train(
         int | None, typer.Option(help="Random crops of each image; 0: none.")
     ] = None,
     balance: Annotated[float | None, typer.Option(help="Weight of the balance loss.")] = None,
+    redundancy: Annotated[
+        RedundancyName | None,
+        typer.Option(help="Keep groups of ranks from doing the same (docs/redundancy.md)."),
+    ] = None,
+    redundancy_weight: Annotated[
+        float | None, typer.Option(help="Weight of the redundancy loss.")
+    ] = None,
+    redundancy_groups: Annotated[
+        int | None, typer.Option(help="Groups of an expert's ranks, each of 8 or more.")
+    ] = None,
+    redundancy_within: Annotated[
+        bool | None, typer.Option(help="Compare the groups of an expert.")
+    ] = None,
+    redundancy_across: Annotated[
+        bool | None, typer.Option(help="Compare experts chosen for the same image.")
+    ] = None,
+    redundancy_frozen: Annotated[
+        bool | None, typer.Option(help="Compare new experts with those of --after.")
+    ] = None,
     freeze: Annotated[Freeze | None, typer.Option(help="Which experts are kept.")] = None,
     freeze_mass: Annotated[
         float | None, typer.Option(help="Share of the gates that kept experts cover.")
@@ -153,6 +182,12 @@ def train(
             first_text_block=first_text_block,
             augmented_copies=augmented_copies,
             balance=balance,
+            redundancy=redundancy,
+            redundancy_weight=redundancy_weight,
+            redundancy_groups=redundancy_groups,
+            redundancy_within=redundancy_within,
+            redundancy_across=redundancy_across,
+            redundancy_frozen=redundancy_frozen,
             freeze=freeze,
             freeze_mass=freeze_mass,
             hold_out=hold_out,

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from kernels.expert_mixing import mix
 from medley.experts import BlockExperts
 from trainer.distributed import ALONE, Part
+from trainer.penalties import Penalties
+from trainer.redundancy import Groups, SubspaceRedundancy, group_count, sampled
 
 __all__ = ["BlockMixture", "ExpertConfig", "NoisyRouter", "TowerMixture", "balance_loss"]
 
@@ -36,6 +38,7 @@ class ExpertConfig:
     scale: float
     dropout: float
     relu: bool = True  # False: linear experts, which no bundle can hold
+    redundancy: SubspaceRedundancy | None = None  # what training keeps small
 
 
 class NoisyRouter(nn.Module):
@@ -110,7 +113,7 @@ class BlockMixture(nn.Module):
 
     def forward(
         self, x_BLD: Tensor, *, one_route: bool = False, part: Part | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Penalties]:
         """Mix each row's experts.
 
         Args:
@@ -120,7 +123,8 @@ class BlockMixture(nn.Module):
             part: which rows of a batch these are, or of all prompts; None: all of it.
 
         Returns:
-            what to add to the block's output, (B, L, D) in x's dtype, and the balance loss.
+            what to add to the block's output, (B, L, D) in x's dtype, and the penalties, zero
+            outside of training.
         """
         part = part or ALONE.part(len(x_BLD))
         routed = ALONE.part(1) if one_route else part  # one choice is everybody's
@@ -129,6 +133,7 @@ class BlockMixture(nn.Module):
         if self.training:
             counts_E = torch.bincount(expert_BK.flatten(), minlength=len(self.counts_E))
             self.counts_E += routed.team.total(counts_E)
+        penalties = Penalties(balance, self._penalty(x_BLD, expert_BK, part))
         rows_BLD = _autocast(x_BLD)
         keep_BLH = self._dropout(rows_BLD, part)
         if one_route:
@@ -143,13 +148,48 @@ class BlockMixture(nn.Module):
             relu=self.config.relu,
             keep_BLH=keep_BLH,
         )
-        return y_BLD.view_as(x_BLD).to(x_BLD.dtype), balance
+        return y_BLD.view_as(x_BLD).to(x_BLD.dtype), penalties
 
     def gates(self, x_BLD: Tensor) -> Tensor:
         """Return every row's gates over all experts, (B, E): how much each is used."""
         expert_BK, gates_BK, _ = self.router(x_BLD[:, 0], ALONE.part(len(x_BLD)))
         all_BE = gates_BK.new_zeros(len(x_BLD), self.router.gate_DE.shape[1])
         return all_BE.scatter(1, expert_BK, gates_BK)
+
+    def redundancy(self, x_BLD: Tensor, how: SubspaceRedundancy) -> Tensor:
+        """Measure how redundant the experts are for these rows, a scalar."""
+        part = ALONE.part(len(x_BLD))
+        return self._redundancy(x_BLD, self.router(x_BLD[:, 0], part)[0], how, part)
+
+    def _penalty(self, x_BLD: Tensor, expert_BK: Tensor, part: Part) -> Tensor:
+        how = self.config.redundancy
+        if how is None or not self.training:
+            return self.down_ERD.new_zeros(())
+        return self._redundancy(x_BLD, expert_BK, how, part)
+
+    def _redundancy(
+        self, x_BLD: Tensor, expert_BK: Tensor, how: SubspaceRedundancy, part: Part
+    ) -> Tensor:
+        tokens_BLD = sampled(x_BLD, part)
+        B, L, _ = tokens_BLD.shape
+        chosen_BE = self.counts_E.new_zeros(len(expert_BK), len(self.counts_E))
+        chosen_BE = chosen_BE.scatter(1, expert_BK, 1.0).expand(B, -1)  # or one choice for all
+        counted_SE = chosen_BE.repeat_interleave(L, 0)
+        groups = group_count(self.config.bottleneck, how.groups)
+
+        def taken_apart(prefix: str, counted_SE: Tensor) -> Groups:
+            names = ("down_ERD", "down_bias_ER", "up_ERD")
+            down_ERD, bias_ER, up_ERD = (getattr(self, prefix + name) for name in names)
+            tokens_SD = tokens_BLD.flatten(0, 1)
+            return Groups.of(tokens_SD, down_ERD, bias_ER, up_ERD, counted_SE, groups=groups)
+
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            new = taken_apart("", counted_SE[:, self.num_frozen :])
+            if not self.num_frozen:
+                return how.of(new, total=part.team.total)
+            # A new expert should differ from all frozen ones, whether they were chosen or not.
+            frozen = taken_apart("frozen_", torch.ones_like(counted_SE[:, : self.num_frozen]))
+            return how.of(new, frozen, total=part.team.total)
 
     def _dropout(self, x_BLD: Tensor, part: Part) -> Tensor | None:
         """Draw what each hidden unit of each token is multiplied by: 0, or 1 / (1 - dropout)."""

@@ -10,6 +10,13 @@ from typing import Any, Literal
 
 from medley.backbone import Backbone
 from medley.errors import DataError
+from trainer.redundancy import (
+    DEFAULT_GROUPS,
+    LEAST_RANKS,
+    MeasureName,
+    SubspaceRedundancy,
+    group_count,
+)
 
 __all__ = ["PRESETS", "Method", "Selector", "TrainSettings"]
 
@@ -21,6 +28,7 @@ Selector = Literal[
 # steps, last image block and all text blocks: finetune 61.9 at 5e-5, 62.9 at 2e-4, 65.3 at 1e-3,
 # which cannot be told apart; the smaller step forgets less in a sequence. lora 64.9 at 2e-3.
 LEARNING_RATES: dict[Method, float] = {"moe_adapter": 5e-3, "lora": 2e-3, "finetune": 2e-4}
+LOW_RANK: tuple[Method, ...] = ("moe_adapter", "lora")
 Scalar = bool | int | float | str | None
 
 
@@ -47,6 +55,12 @@ class TrainSettings:
     first_expert_block: int | None = None  # None: the last quarter of the image tower
     first_text_block: int = 0  # as many as there are text blocks: the text tower stays frozen
     balance: float = 0.0  # weight of the balance loss
+    redundancy: Literal["off"] | MeasureName = "off"  # how alike groups of ranks may not be
+    redundancy_weight: float = 1e-2  # of its loss, after the warm-up
+    redundancy_groups: int = DEFAULT_GROUPS  # of ranks of an expert; fewer where the rank is small
+    redundancy_within: bool = True  # compare the groups of one expert
+    redundancy_across: bool = True  # and those of experts that were chosen for the same image
+    redundancy_frozen: bool = True  # and those of new experts with those of earlier tasks
     augmented_copies: int = 0  # random crops of each image; 0: the evaluation crop
     freeze: Literal["mass", "count"] = "mass"
     freeze_mass: float = 0.99  # share of the gates that the kept experts must cover
@@ -61,10 +75,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         counts = ("iterations", "batch_size", "num_experts", "top_k", "bottleneck", "freeze_count")
-        for name in (*counts, "ddas_iterations"):
+        for name in (*counts, "ddas_iterations", "redundancy_groups"):
             _require(name, getattr(self, name), low=1)
         for name in ("augmented_copies", "first_text_block", "balance", "seed"):
             _require(name, getattr(self, name), low=0)
+        _require("redundancy_weight", self.redundancy_weight, low=0)
         for name in ("lr", "scale"):
             _require(name, getattr(self, name), low=0, open_low=True)
         for name in ("warmup", "label_smoothing", "dropout"):
@@ -76,6 +91,20 @@ class TrainSettings:
             _require("first_expert_block", self.first_expert_block, low=0)
         if self.shots is not None:
             _require("shots", self.shots, low=1)
+        self._require_something_to_compare()
+
+    @property
+    def supervision(self) -> SubspaceRedundancy | None:
+        """What training compares, if its loss has a weight."""
+        if self.redundancy == "off" or not self.redundancy_weight:
+            return None
+        return SubspaceRedundancy(
+            measure=self.redundancy,
+            groups=self.redundancy_groups,
+            within=self.redundancy_within,
+            across=self.redundancy_across,
+            frozen=self.redundancy_frozen,
+        )
 
     def first_image_block(self, backbone: Backbone) -> int:
         """The first image block with experts.
@@ -106,11 +135,32 @@ class TrainSettings:
 
     def for_method(self, method: Method) -> TrainSettings:
         """The same budget for another method, at the learning rate that suits it."""
-        return replace(self, method=method, lr=LEARNING_RATES[method])
+        redundancy = self.redundancy if method in LOW_RANK else "off"
+        return replace(self, method=method, lr=LEARNING_RATES[method], redundancy=redundancy)
 
     def as_dict(self) -> dict[str, Scalar]:
         """All settings by name, for a manifest or a report."""
         return asdict(self)
+
+    def _require_something_to_compare(self) -> None:
+        if self.redundancy == "off":
+            return
+        if self.method not in LOW_RANK:
+            raise DataError(
+                f"{self.method} has no low-rank updates: redundancy must be off", code="settings"
+            )
+        experts = self.method == "moe_adapter"
+        several = group_count(self.bottleneck, self.redundancy_groups) > 1
+        if not (
+            (self.redundancy_within and several)
+            or (self.redundancy_across and experts and min(self.top_k, self.num_experts) > 1)
+            or (self.redundancy_frozen and experts)
+        ):
+            raise DataError(
+                f"redundancy is {self.redundancy}, but nothing is compared: bottleneck is "
+                f"{self.bottleneck}, a group has at least {LEAST_RANKS} ranks",
+                code="settings",
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -32,14 +32,16 @@ from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.datasets import ImageSet
 from trainer.distributed import ALONE, Team
 from trainer.methods import FrozenExperts, Learner, make_learner
+from trainer.penalties import Penalties
 from trainer.settings import TrainSettings
 from trainer.trunk import ImageTrunk, image_hidden
 
-__all__ = ["History", "State", "Trained", "Watcher", "learning_rate", "train"]
+__all__ = ["History", "State", "Trained", "Watcher", "learning_rate", "redundancy_weight", "train"]
 
 CACHE_BYTES = 3 * 2**30  # of trunk outputs, in memory
 CURVE_POINTS = 10  # how often held-out images are looked at in a run
 CURVE_IMAGES = 512  # at most so many of them
+REDUNDANCY_WARMUP = 0.1  # share of the iterations
 
 State = Mapping[str, Tensor]  # of a learner
 
@@ -136,14 +138,14 @@ def train(
         index_B, epoch = _batch(len(images), settings, step)
         entrance = trunk.batch(index_B, epoch, on_chunk=watcher.on_trunk)
         with _precision(backbone, settings):
-            image_BE, image_balance = learner.image_features(entrance)
-            text_CE, text_balance = learner.text_features(team)
+            image_BE, image_penalties = learner.image_features(entrance)
+            text_CE, text_penalties = learner.text_features(team)
         logits_BC = backbone.logit_scale * (image_BE @ text_CE.T)
         part = team.part(len(index_B))
         labels_B = labels_N[torch.from_numpy(index_B[part.rows])]
         loss = part.share * _cross_entropy(logits_BC, labels_B, settings)
-        if settings.balance:  # all have the balance of the whole batch and of all prompts
-            loss = loss + settings.balance * (image_balance + text_balance) / team.size
+        # All have the penalties of the whole batch and of all prompts.
+        loss = loss + _weighted(image_penalties + text_penalties, settings, step) / team.size
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimiser.zero_grad()
@@ -173,6 +175,24 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
         return settings.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, settings.iterations - warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def redundancy_weight(settings: TrainSettings, step: int) -> float:
+    """Linear from zero over the first tenth, where an update adds little yet, then constant."""
+    if settings.redundancy == "off":
+        return 0.0
+    warmup = round(REDUNDANCY_WARMUP * settings.iterations)
+    return settings.redundancy_weight * min(1.0, step / max(1, warmup))
+
+
+def _weighted(penalties: Penalties, settings: TrainSettings, step: int) -> Tensor | float:
+    """What penalties add to the loss; without weight not even a gradient of zero."""
+    weighted: Tensor | float = 0.0
+    if settings.balance:
+        weighted = settings.balance * penalties.balance
+    if weight := redundancy_weight(settings, step):
+        weighted = weighted + weight * penalties.redundancy
+    return weighted
 
 
 def _cross_entropy(logits_BC: Tensor, labels_B: Tensor, settings: TrainSettings) -> Tensor:

@@ -51,7 +51,7 @@ def test_evaluation_computes_what_the_server_computes() -> None:
         return torch.cat([getattr(mixture, f"frozen_{name}"), getattr(mixture, name).detach()])
 
     with torch.no_grad():
-        ours_BLD, balance = mixture(x_BLD)
+        ours_BLD, penalties = mixture(x_BLD)
     served_BLD = expert_mixing(
         x_BLD,
         torch.zeros(6, dtype=torch.int64),
@@ -64,7 +64,7 @@ def test_evaluation_computes_what_the_server_computes() -> None:
         max_top_k=2,
     )
     torch.testing.assert_close(ours_BLD, served_BLD)
-    assert balance == 0
+    assert penalties.balance == penalties.redundancy == 0
 
 
 def test_rows_with_the_same_token_0_may_share_one_route() -> None:

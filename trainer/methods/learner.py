@@ -20,6 +20,7 @@ from medley.backbone import Backbone
 from medley.prompts import prompts
 from medley.tower import Mask
 from trainer.distributed import ALONE, Part, Team
+from trainer.penalties import Penalties
 from trainer.settings import TrainSettings
 from trainer.trunk import Entrance, prompt_hidden
 
@@ -85,8 +86,8 @@ class Learner(nn.Module, ABC):
         """
 
     @abstractmethod
-    def image_features(self, entrance: Entrance) -> tuple[Tensor, Tensor]:
-        """Image features (B, E) and the balance loss, a scalar."""
+    def image_features(self, entrance: Entrance) -> tuple[Tensor, Penalties]:
+        """Image features (B, E) and the penalties."""
 
     @abstractmethod
     def counts(self) -> ParameterCounts:
@@ -97,23 +98,23 @@ class Learner(nn.Module, ABC):
         """As `enter`, of prompts."""
 
     @abstractmethod
-    def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Prompt features (N, E) and the balance loss; only called where text is trained."""
+    def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Penalties]:
+        """Prompt features (N, E) and the penalties; only called where text is trained."""
 
-    def text_features(self, team: Team = ALONE) -> tuple[Tensor, Tensor]:
-        """Features (C, E) of the prompts that are being learnt, and the balance loss.
+    def text_features(self, team: Team = ALONE) -> tuple[Tensor, Penalties]:
+        """Features (C, E) of the prompts that are being learnt, and the penalties.
 
         The processes of a team share the prompts, unless some would have none.
         """
         assert self._learnt is not None
         if isinstance(self._learnt, Tensor):
-            return self._learnt, self._learnt.new_zeros(())
+            return self._learnt, Penalties.none(self._learnt)
         part = team.part(len(self._learnt.tokens_NL))
         if team.size == 1 or team.size > part.whole:
             return self._encode_text(self._learnt)
-        own_NE, balance = self._encode_text(self._learnt.of(part))
+        own_NE, penalties = self._encode_text(self._learnt.of(part))
         others = (0, 0, part.rows.start, part.whole - part.rows.stop)
-        return team.total(F.pad(own_NE, others)), balance
+        return team.total(F.pad(own_NE, others)), penalties
 
     @torch.no_grad()
     def image_features_of(self, hidden_BLD: Tensor) -> Tensor:

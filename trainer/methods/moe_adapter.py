@@ -11,7 +11,7 @@ Source: MoE-Adapters, arXiv:2403.11549.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from medley.experts import BlockExperts, TaskExperts
 from medley.tower import Block, Mask
 from trainer.experts import BlockMixture, ExpertConfig, TowerMixture
 from trainer.methods.learner import Learner, ParameterCounts, Prompts
+from trainer.penalties import Penalties
 from trainer.settings import TrainSettings
 from trainer.trunk import Entrance
 
@@ -61,6 +62,7 @@ class MoeAdapter(Learner):
             scale=settings.scale,
             dropout=settings.dropout,
             relu=settings.relu,
+            redundancy=settings.supervision,
         )
         tower = backbone.image
         image_blocks = range(self.first_image_block, len(tower.blocks))
@@ -79,13 +81,13 @@ class MoeAdapter(Learner):
 
     def image_features(
         self, entrance: Entrance, *, observe: Observe | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Penalties]:
         """See `Learner`."""
         tower = self.backbone.image
-        x_BLD, balance = _walk(
+        x_BLD, penalties = _walk(
             tower.blocks, self.vision, entrance, one_route=False, observe=observe
         )
-        return F.normalize(tower.pool(x_BLD).float(), dim=-1), balance
+        return F.normalize(tower.pool(x_BLD).float(), dim=-1), self._shared(penalties)
 
     def observe_text(self, observe: Observe) -> None:
         """Show what the text experts read of the prompts that are being learnt."""
@@ -120,7 +122,7 @@ class MoeAdapter(Learner):
 
     def _encode_text(
         self, prompts: Prompts, *, observe: Observe | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Penalties]:
         """See `Learner`.
 
         In a causal tower token 0, the start of text, sees only itself: it is the same in every
@@ -130,10 +132,16 @@ class MoeAdapter(Learner):
         tower = self.backbone.text
         assert tower is not None
         assert self.text is not None
-        x_NLD, balance = _walk(
+        x_NLD, penalties = _walk(
             tower.blocks, self.text, prompts.entrance, one_route=tower.causal, observe=observe
         )
-        return F.normalize(tower.pool(x_NLD, prompts.tokens_NL).float(), dim=-1), balance
+        features_NE = F.normalize(tower.pool(x_NLD, prompts.tokens_NL).float(), dim=-1)
+        return features_NE, self._shared(penalties)
+
+    def _shared(self, penalties: Penalties) -> Penalties:
+        """Make redundancy a mean over the blocks of both towers."""
+        blocks = len(self.vision.blocks) + (0 if self.text is None else len(self.text.blocks))
+        return replace(penalties, redundancy=penalties.redundancy / blocks)
 
 
 def _enter(block: Block, hidden_BLD: Tensor, mask: Mask) -> Entrance:
@@ -148,13 +156,13 @@ def _walk(
     *,
     one_route: bool,
     observe: Observe | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Penalties]:
     """Go from the entrance through all blocks with experts, as `RoutedModel` does."""
     first, *rest = mixtures.blocks
     attended_BLD, after_BLD = entrance.tensors
     if observe is not None:
         observe(first, attended_BLD)
-    y_BLD, balance = mixtures[first](attended_BLD, one_route=one_route, part=entrance.part)
+    y_BLD, penalties = mixtures[first](attended_BLD, one_route=one_route, part=entrance.part)
     x_BLD = after_BLD + y_BLD
     for index in rest:
         x_BLD = blocks[index].attend(x_BLD, entrance.mask)
@@ -162,8 +170,8 @@ def _walk(
             observe(index, x_BLD)
         y_BLD, more = mixtures[index](x_BLD, one_route=one_route, part=entrance.part)
         x_BLD = x_BLD + blocks[index].mlp(x_BLD) + y_BLD
-        balance = balance + more
-    return x_BLD, balance
+        penalties = penalties + more
+    return x_BLD, penalties
 
 
 def _experts_size(block: BlockExperts | BlockMixture) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from medley.backbone import Backbone, Clip
 from medley.tower import Block, Mask, image_tower, text_tower
 from trainer.methods.learner import Learner, Prompts
+from trainer.penalties import Penalties
 from trainer.settings import TrainSettings
 from trainer.trunk import Entrance
 
@@ -24,7 +25,7 @@ class OwnTowers(Learner):
     """Walks another model's blocks from the first trained one on.
 
     The first trained block is trained as a whole, so the entrance is the hidden state before it.
-    There is no balance loss: it is zero. The other model is in evaluation mode throughout: no path
+    There are no penalties: they are zero. The other model is in evaluation mode throughout: no path
     or patch is dropped in training.
     """
 
@@ -45,22 +46,22 @@ class OwnTowers(Learner):
         """See `Learner`."""
         return Entrance((hidden_BLD,))
 
-    def image_features(self, entrance: Entrance) -> tuple[Tensor, Tensor]:
+    def image_features(self, entrance: Entrance) -> tuple[Tensor, Penalties]:
         """See `Learner`."""
         tower = self.image_tower
         x_BLD = _walk(tower.blocks[self.first_image_block :], entrance)
         features_BE = F.normalize(tower.pool(x_BLD).float(), dim=-1)
-        return features_BE, features_BE.new_zeros(())
+        return features_BE, Penalties.none(features_BE)
 
     def _enter_text(self, hidden_NLD: Tensor, mask: Mask) -> Entrance:
         return Entrance((hidden_NLD,), mask)
 
-    def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Penalties]:
         tower = self.text_tower
         assert tower is not None
         x_NLD = _walk(tower.blocks[self.text_blocks.start :], prompts.entrance)
         features_NE = F.normalize(tower.pool(x_NLD, prompts.tokens_NL).float(), dim=-1)
-        return features_NE, features_NE.new_zeros(())
+        return features_NE, Penalties.none(features_NE)
 
 
 def _walk(blocks: Sequence[Block], entrance: Entrance) -> Tensor:
