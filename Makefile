@@ -25,7 +25,7 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 test: install servers
-	$(BIN)/python -m pytest --cov -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --cov -n 3 --dist loadfile --no-loadscope-reorder
 bench: install servers
 	$(BIN)/python -m pytest -m slow
 bench-gpu: install
