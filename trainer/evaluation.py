@@ -30,8 +30,9 @@ from medley.extractor import Extractor
 from medley.precision import Precision
 from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
+from trainer.capacity import capacity_for
 from trainer.datasets import ImageSet
-from trainer.export import BUCKET, capacity_for
+from trainer.export import BUCKET
 from trainer.pixels import pixels_of
 from trainer.trunk import CHUNK
 

@@ -32,7 +32,7 @@ from trainer.distributed import ALONE, Team
 from trainer.kept import KeptPart, KeptPicture
 from trainer.pixels import pixels_of
 
-__all__ = ["FrozenStore", "frozen_buckets", "frozen_features", "frozen_taps"]
+__all__ = ["EMBEDDING", "FrozenStore", "frozen_buckets", "frozen_features", "frozen_taps"]
 
 OnImages = Callable[[int], None]
 EMBEDDING = "embedding"

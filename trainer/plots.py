@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from trainer.export import Usage
+from trainer.freezing import Usage
 from trainer.training import History
 
 __all__ = ["confusion_png", "curves_png", "usage_png"]

@@ -23,17 +23,11 @@ from medley.manifest import Manifest
 from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, few_shot, split
 from trainer.distributed import ALONE, Team
-from trainer.export import (
-    Label,
-    Usage,
-    export,
-    frozen_experts,
-    keep,
-    measure_usage,
-    require_exportable,
-)
+from trainer.export import Label, export, require_exportable
+from trainer.freezing import Usage, frozen_experts, keep, measure_usage
 from trainer.methods import MoeAdapter, ParameterCounts
 from trainer.plots import curves_png, usage_png
+from trainer.product import of_experts
 from trainer.settings import TrainSettings
 from trainer.training import History, Watcher, train
 
@@ -102,7 +96,7 @@ def learn(
     path = folder / f"{name}.safetensors"
     kept = keep(learner, frozen, usage, settings)
     bundle = export(
-        kept,
+        of_experts(kept, backbone, settings),
         backbone,
         train_part,
         held_out,

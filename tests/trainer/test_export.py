@@ -16,7 +16,7 @@ from tests.models import tiny_backbone
 from tests.trainer.test_training import LABEL, SETTINGS, Watch
 from tests.trainer.tiny import NoLargeFiles, pictures
 from trainer.datasets import ImageSet, split
-from trainer.export import Usage, frozen_experts, keep, measure_usage
+from trainer.freezing import Usage, frozen_experts, keep, measure_usage
 from trainer.methods import FrozenExperts, MoeAdapter
 from trainer.pixels import pixels_of
 from trainer.run import learn

@@ -22,10 +22,12 @@ from medley.routed import RoutedModel
 from trainer.bench.course import Course, Meter
 from trainer.bench.results import routed_right
 from trainer.bench.routers import score_router
+from trainer.capacity import capacity_for
 from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet
 from trainer.ddas import DEFAULT_FEATURES, fit_selector
-from trainer.export import BUCKET, capacity_for, keep, measure_usage
+from trainer.export import BUCKET
+from trainer.freezing import keep, measure_usage
 from trainer.frozen import frozen_buckets, frozen_taps
 from trainer.methods import FrozenExperts, MoeAdapter
 from trainer.training import Trained, train

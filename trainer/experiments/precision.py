@@ -29,8 +29,8 @@ from medley.classifier import Ask, Classifier, Routed, logits
 from medley.precision import PRECISIONS, Precision
 from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
+from trainer.capacity import capacity_for
 from trainer.datasets import ImageSet, align
-from trainer.export import capacity_for
 from trainer.pixels import pixels_of
 from trainer.suite import load_task
 

@@ -36,8 +36,8 @@ from medley.manifest import Manifest, SelfTest, Training
 from medley.prompts import class_text_features
 from medley.routed import RoutedModel
 from medley.selector import TaskSelector
+from trainer.capacity import capacity_for
 from trainer.datasets import ImageSet
-from trainer.export import capacity_for
 from trainer.imports.autochooser import THRESHOLD, Autochooser
 from trainer.imports.checkpoint import Checkpoint
 from trainer.imports.selectors import Chosen, accepting_nothing, authors, fitted

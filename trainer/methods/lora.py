@@ -95,7 +95,9 @@ class Lora(OwnTowers):
 
     def start(self) -> dict[str, Tensor]:
         """See `OwnTowers`: the down factors before the first step; all else started at zero."""
-        return {f"{name}.down": update.start_RI.cpu() for name, update in self._updates()}
+        return {
+            f"{name}.down": update.start_RI.bfloat16().cpu() for name, update in self._updates()
+        }
 
     def _updates(self) -> Iterator[tuple[str, LowRank]]:
         for tower, blocks in (("vision", self.vision), ("text", self.text)):

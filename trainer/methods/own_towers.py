@@ -40,7 +40,10 @@ class OwnTowers(Learner):
 
     @abstractmethod
     def start(self) -> dict[str, Tensor]:
-        """What they started from, by name, where that is neither zero nor the backbone's own."""
+        """What they started from, where that is neither zero nor the backbone's own; on the CPU.
+
+        By the names of the deltas; bfloat16, which holds it exactly.
+        """
 
     def enter(self, hidden_BLD: Tensor) -> Entrance:
         """See `Learner`."""

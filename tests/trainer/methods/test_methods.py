@@ -16,9 +16,10 @@ from medley.routed import RoutedModel
 from tests.models import random_experts, tiny_backbone
 from tests.trainer.test_training import LABEL, Watch
 from tests.trainer.tiny import pictures
+from trainer.capacity import capacity_for
 from trainer.datasets import ImageSet
 from trainer.evaluation import Case, evaluate, served
-from trainer.export import Usage, capacity_for, keep
+from trainer.freezing import Usage, keep
 from trainer.methods import (
     Finetune,
     FrozenExperts,
