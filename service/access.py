@@ -61,6 +61,8 @@ RULES: Rules = {
     "/v1/tasks/{task}/rollout": {"GET": READ, "PUT": CHANGE, "DELETE": CHANGE},
     "/v1/tasks/{task}/rollout:promote": {"POST": CHANGE},
     "/v1/tasks/{task}/usage": {"GET": READ},
+    "/v1/unified": {"GET": READ},
+    "/v1/unified/{digest}": {"PUT": CHANGE},
     "/v1/replicas": {"GET": READ},
     "/v1/operations": {"GET": READ},
     "/v1/operations/{operation}": {"GET": READ},

@@ -28,6 +28,7 @@ from service.routes import (
     route,
     tasks,
     unclaimed,
+    unified,
     usage,
     v2,
 )
@@ -122,6 +123,7 @@ def create_app(
         tasks,
         rollouts,
         operations,
+        unified,
         replicas,
         unclaimed,
         usage,

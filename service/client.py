@@ -36,6 +36,7 @@ from service.wire.task_schemas import (
     TaskAnswer,
     TasksAnswer,
 )
+from service.wire.unified_schemas import UnifiedAnswer, UnifiedModelsAnswer
 
 __all__ = [
     "AsyncClient",
@@ -271,6 +272,16 @@ class Client(_Calls):
             if_match=if_match,
         )
 
+    def unified(self) -> UnifiedModelsAnswer:
+        """The unified models that versions are loaded from."""
+        return self.send(exchanges.unified())
+
+    def upload_unified(
+        self, digest: str, path: Path, *, on_progress: OnProgress = _ignore
+    ) -> UnifiedAnswer:
+        """Upload a unified model, before the versions that name it by this digest."""
+        return self.send(exchanges.upload_unified(digest, path, on_progress=on_progress))
+
     def operation(self, id: str) -> OperationAnswer:
         """What became of work that outlasted its request."""
         return self.send(exchanges.operation(id))
@@ -450,6 +461,16 @@ class AsyncClient(_Calls):
             ),
             if_match=if_match,
         )
+
+    async def unified(self) -> UnifiedModelsAnswer:
+        """The unified models that versions are loaded from."""
+        return await self.send(exchanges.unified())
+
+    async def upload_unified(
+        self, digest: str, path: Path, *, on_progress: OnProgress = _ignore
+    ) -> UnifiedAnswer:
+        """Upload a unified model, before the versions that name it by this digest."""
+        return await self.send(exchanges.upload_unified(digest, path, on_progress=on_progress))
 
     async def operation(self, id: str) -> OperationAnswer:
         """What became of work that outlasted its request."""

@@ -28,6 +28,7 @@ from service.wire.task_schemas import (
     TaskAnswer,
     TasksAnswer,
 )
+from service.wire.unified_schemas import UnifiedAnswer, UnifiedModelsAnswer
 
 __all__ = [
     "AwaitedUpload",
@@ -54,6 +55,8 @@ __all__ = [
     "stop_rollout",
     "task",
     "tasks",
+    "unified",
+    "upload_unified",
     "usage",
 ]
 
@@ -168,10 +171,7 @@ def register(
     """Upload a bundle as a version of a task."""
     upload = Upload(bundle, on_progress)
     options = {
-        "headers": {
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(upload.size_bytes),
-        },
+        "headers": _bytes(upload),
         "params": {"activate": activate, "wait": wait_s, **_wanted(replicas)},
     }
     return Exchange(
@@ -197,6 +197,25 @@ def register_from(
 
 
 def operation(id: str) -> Exchange[OperationAnswer]:
+def unified() -> Exchange[UnifiedModelsAnswer]:
+    """The unified models that versions are loaded from."""
+    return Exchange("GET", "/v1/unified", _model(UnifiedModelsAnswer))
+
+
+def upload_unified(digest: str, path: Path, *, on_progress: OnProgress) -> Exchange[UnifiedAnswer]:
+    """Upload a unified model, before the versions that name it."""
+    upload = Upload(path, on_progress)
+    return Exchange(
+        "PUT",
+        f"/v1/unified/{quote(digest, safe='')}",
+        _model(UnifiedAnswer),
+        {"headers": _bytes(upload)},
+        upload=upload,
+        long=True,
+        again=False,
+    )
+
+
     """What became of work that outlasted its request."""
     return Exchange("GET", f"/v1/operations/{quote(id, safe='')}", _model(OperationAnswer))
 
@@ -288,6 +307,14 @@ def _wanted(replicas: str | None) -> dict[str, str]:
 
 
 def _task(name: str, *parts: str) -> str:
+def _bytes(upload: Upload) -> dict[str, str]:
+    """The headers of a file's bytes."""
+    return {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(upload.size_bytes),
+    }
+
+
     return "/".join(["/v1/tasks", *(quote(part, safe="") for part in (name, *parts))])
 
 

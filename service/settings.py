@@ -212,6 +212,9 @@ class Settings(BaseSettings):
     )
     upload_timeout_s: float = Field(
         default=600.0, gt=0, description="Longest time for a bundle to arrive or to be fetched"
+    max_unified_bytes: int = Field(
+        default=2048 * MIB, ge=1, description="Largest unified model that is taken in"
+    )
     )
     bundle_sources: Prefixes = Field(
         default=(), description="URLs or folders under which bundles may be fetched; none: off"

@@ -52,6 +52,7 @@ from service.versions.tasks import Tasks
 
 __all__ = ["OnStep", "Startup"]
 
+from service.versions.unified import UnifiedModels
 OnStep = Callable[[str], None]
 
 
@@ -91,7 +92,8 @@ class Startup:
         backbone, classifier = await self._load_model(backbone)
         registry = self._open_registry(shared, backbone)
         engine = self._start_engine(classifier)
-        residency = self._make_residency(store, engine, classifier)
+        unified = self._make_unified(store, backbone)
+        residency = self._make_residency(store, unified, engine, classifier)
         reservoir = await self._open_reservoir()
         signals = Signals(live=residency.live, metrics=self._metrics, reservoir=reservoir)
         tasks = self._make_tasks(registry, store, engine, residency, signals)
@@ -126,6 +128,7 @@ class Startup:
             follower=follower,
             board=board,
             heartbeat=heartbeat,
+            unified=unified,
             quorum=Quorum(board, me=heartbeat.replica),
             told=self._make_told(tasks, board, heartbeat),
             labels=labels,
@@ -278,18 +281,27 @@ class Startup:
         return engine
 
     def _make_residency(
-        self, store: BundleStore, engine: Engine, classifier: Classifier
+        self, store: BundleStore, unified: UnifiedModels, engine: Engine, classifier: Classifier
     ) -> Residency:
         settings, metrics = self._settings, self._metrics
         return Residency(
             store=store,
             loader=Loader(engine, classifier, metrics, max_bundle_bytes=settings.max_bundle_bytes),
+    def _make_unified(self, store: BundleStore, backbone: Backbone) -> UnifiedModels:
+        return UnifiedModels(
+            store,
+            fingerprint=backbone.fingerprint,
+            max_bytes=self._settings.max_unified_bytes,
+            metrics=self._metrics,
+        )
+
             metrics=metrics,
             max_host_bytes=settings.host_bytes,
             unload_s=settings.unload_s,
         )
 
     async def _open_reservoir(self) -> Reservoir:
+            unified=unified,
         reservoir = await asyncio.to_thread(
             Reservoir,
             self._settings.store / "unclaimed",

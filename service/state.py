@@ -27,6 +27,7 @@ from service.signals.signals import Signals
 from service.versions.residency import Residency
 from service.versions.tasks import Tasks
 
+from service.versions.unified import UnifiedModels
 __all__ = ["CurrentService", "Service", "service_of"]
 
 
@@ -39,6 +40,7 @@ class Service:
     engine: Engine
     tasks: Tasks
     residency: Residency
+    unified: UnifiedModels
     follower: Follower
     board: Board
     heartbeat: Heartbeat

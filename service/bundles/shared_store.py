@@ -36,7 +36,7 @@ class SharedStore:
         self, blobs: Blobs, *, announce: Callable[[str], None] = lambda digest: None
     ) -> None:
         self.blobs = blobs
-        self._announce = announce
+        self.announce = announce
 
     def publish(self, digest: str, path: Path) -> None:
         """Let others have a bundle; one that is there is written again, as it may be damaged.
@@ -44,7 +44,7 @@ class SharedStore:
         Raises:
             UnavailableError: nobody can be told that it arrives.
         """
-        self._announce(digest)
+        self.announce(digest)
         self.blobs.put(bundle_name(digest), path)
 
     def fetch(self, digest: str, to: Path) -> None:

@@ -1,5 +1,7 @@
 """Bundle bytes on disk, named by their digest. Knows nothing of tasks or of what is in a bundle.
 
+Unified models lie among the bundles: a file is a file.
+
 A file under `bundles/` is complete: bytes are written to `incoming/`, flushed to the disk, and
 renamed. What a crash leaves in `incoming/` is removed at the next start. Where replicas share a
 store (`shared_store.py`), that one has the bundles, and the folder is this replica's cache.
@@ -126,6 +128,14 @@ class BundleStore:
             upload.path.replace(target)
             _fsync(self._bundles)
         return target
+
+    def spare(self, digest: str) -> None:
+        """Let nobody take a file away that the registry is about to name for the first time.
+
+        Raises: as `keep`, which does the same for what it keeps.
+        """
+        if self.shared is not None:
+            self.shared.announce(digest)
 
     def confirm(self, digest: str) -> None:
         """See that a bundle which the registry names by now is there for others too.

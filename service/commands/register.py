@@ -1,4 +1,4 @@
-"""`medley task register`: a bundle to a server, with its progress."""
+"""`medley task register`: a bundle to a server, and what it is loaded from, with their progress."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from service.commands.console import (
 )
 
 if TYPE_CHECKING:
+    from medley.manifest import Manifest
     from service.client import Client
+    from service.exchanges import OnProgress
     from service.wire.task_schemas import OperationAnswer, TaskAnswer
 
 __all__ = ["register"]
@@ -51,6 +53,7 @@ def register(
 ) -> None:
     """Upload a bundle, or let the server get it; it is proven before anything is answered from it.
 
+    A trigger bundle's unified model is uploaded first, from beside it, if the server has none.
     With --task and --version the bundle is a URL, or a path on the server, under one of its
     MEDLEY_BUNDLE_SOURCES.
     """
@@ -90,22 +93,45 @@ def _uploaded(
     if "://" in bundle and not path.exists():
         fail("for a bundle that the server gets by itself, give --task and --version too")
     manifest = read_bundle(path).manifest
-    size_bytes = path.stat().st_size
-    bar = progress.add_task("sending", total=size_bytes)
-
-    def on_progress(sent_bytes: int) -> None:
-        progress.advance(bar, sent_bytes)
-        if progress.tasks[bar].completed >= size_bytes:
-            progress.update(bar, description=PROVING, total=None)
-
+    _upload_unified(client, manifest, path.parent, progress)
+    heard = _sending(path, progress, "sending", then=PROVING)
     try:
         answer = client.register(
-            manifest.task, manifest.version, path, on_progress=on_progress, **options
+            manifest.task, manifest.version, path, on_progress=heard, **options
         )
     except StillRunningError as still:
         task, warnings = _ended(client, still.operation)
         return task, manifest.version, warnings
     return answer, manifest.version, answer.warnings
+
+
+def _upload_unified(client: Client, manifest: Manifest, folder: Path, progress: Progress) -> None:
+    """Let the server have the unified model that a bundle names, if it does not."""
+    from medley.unified import unified_name
+
+    if manifest.fusion is None:
+        return
+    digest = manifest.fusion.unified
+    if any(one.digest == digest and one.here for one in client.unified().unified):
+        return
+    path = folder / unified_name(digest)
+    if not path.is_file():
+        fail(f"the server lacks the unified model of this bundle, and there is no {path}")
+    heard = _sending(path, progress, "sending its unified model", then="the server reads it")
+    client.upload_unified(digest, path, on_progress=heard)
+
+
+def _sending(path: Path, progress: Progress, said: str, *, then: str) -> OnProgress:
+    """A bar for a file on its way, and what is said once it is there."""
+    size_bytes = path.stat().st_size
+    bar = progress.add_task(said, total=size_bytes)
+
+    def heard(sent_bytes: int) -> None:
+        progress.advance(bar, sent_bytes)
+        if progress.tasks[bar].completed >= size_bytes:
+            progress.update(bar, description=then, total=None)
+
+    return heard
 
 
 def _ended(client: Client, operation: OperationAnswer) -> tuple[TaskAnswer, list[str]]:

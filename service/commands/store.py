@@ -113,9 +113,7 @@ def _collect(settings: Settings, *, dry_run: bool) -> Collected | None:
                 ),
                 store=store,
                 ledger=shared.ledger,
-                in_use=RedisBoard(
-                    shared.client, prefix=prefix, ttl_s=settings.replica_ttl_s
-                ).files,
+                in_use=RedisBoard(shared.client, prefix=prefix, ttl_s=settings.replica_ttl_s).files,
                 keep_s=settings.keep_unused_s,
                 metrics=Metrics(),
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -11,8 +9,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.errors import MediaTypeError, NotFoundError, PayloadError, RequestTimeoutError
+from service.errors import MediaTypeError, NotFoundError
 from service.intake.forms import checked
+from service.intake.uploads import BYTES, JSON, body_of, kind_of
 from service.registry.desired import VersionRecord
 from service.replicas.quorum import Reached, read_wanted
 from service.routes.operations import answer_of
@@ -42,19 +41,18 @@ __all__ = ["routes"]
 routes = APIRouter(prefix="/v1/tasks", tags=["tasks"], responses=PROBLEM_RESPONSES)
 Responses = dict[int | str, dict[str, Any]]
 MAX_JSON_BYTES = 64 * 1024
-_JSON, _BYTES = "application/json", "application/octet-stream"
 VERSION_BODY = {
     "requestBody": {
         "required": True,
-        "content": {_JSON: {"schema": VersionRequest.model_json_schema()}},
+        "content": {JSON: {"schema": VersionRequest.model_json_schema()}},
     }
 }
 BUNDLE_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            _BYTES: {"schema": {"type": "string", "format": "binary"}},
-            _JSON: {"schema": SourceRequest.model_json_schema()},
+            BYTES: {"schema": {"type": "string", "format": "binary"}},
+            JSON: {"schema": SourceRequest.model_json_schema()},
         },
     }
 }
@@ -188,8 +186,8 @@ async def set_alias(
     if_match: IfMatchHeader = None,
 ) -> Response:
     """Let an alias name a registered version; the alias `live` makes it live."""
-    if _kind(request) != _JSON:
-        raise MediaTypeError(f"send the version as {_JSON}")
+    if kind_of(request) != JSON:
+        raise MediaTypeError(f"send the version as {JSON}")
     wanted = checked(VersionRequest, await _json(request, service.settings))
     spread = await _quorum(service, replicas)
     snapshot = await service.tasks.set_alias(
@@ -276,46 +274,21 @@ def _reached(reached: Reached | None) -> ReachedAnswer | None:
 async def _start(
     wanted: Wanted, request: Request, service: Service, spread: int | None
 ) -> Started[Registered]:
-    kind, settings, then = _kind(request), service.settings, _then(service, spread)
-    if kind == _JSON:
+    kind, settings, then = kind_of(request), service.settings, _then(service, spread)
+    if kind == JSON:
         asked = checked(SourceRequest, await _json(request, settings))
         return await service.tasks.fetch(wanted, asked.source, then=then)
-    if kind not in ("", _BYTES):
-        raise MediaTypeError(f"send the bundle as {_BYTES}, or its source as {_JSON}")
-    body = _body(request, settings.max_bundle_bytes, settings)
+    if kind not in ("", BYTES):
+        raise MediaTypeError(f"send the bundle as {BYTES}, or its source as {JSON}")
+    body = body_of(
+        request, max_bytes=settings.max_bundle_bytes, timeout_s=settings.upload_timeout_s
+    )
     return await service.tasks.receive(wanted, body, then=then)
 
 
-def _kind(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
 async def _json(request: Request, settings: Settings) -> bytes:
-    return b"".join([chunk async for chunk in _body(request, MAX_JSON_BYTES, settings)])
-
-
-async def _body(request: Request, max_bytes: int, settings: Settings) -> AsyncIterator[bytes]:
-    """The request's body as it arrives; a length that is declared too large ends it unread."""
-    too_large = PayloadError(f"the body is larger than {max_bytes} bytes")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    end_s = asyncio.get_running_loop().time() + settings.upload_timeout_s
-    stream, seen = request.stream(), 0
-    while True:
-        try:
-            async with asyncio.timeout_at(end_s):
-                chunk = await anext(stream, None)
-        except TimeoutError as error:
-            raise RequestTimeoutError(
-                f"the body did not arrive within {settings.upload_timeout_s:g} s"
-            ) from error
-        if chunk is None:
-            return
-        seen += len(chunk)
-        if seen > max_bytes:
-            raise too_large
-        yield chunk
+    body = body_of(request, max_bytes=MAX_JSON_BYTES, timeout_s=settings.upload_timeout_s)
+    return b"".join([chunk async for chunk in body])
 
 
 async def _accepted(service: Service, started: Started[Registered]) -> Response:
@@ -376,4 +349,6 @@ def _version(snapshot: Snapshot, record: VersionRecord) -> VersionAnswer:
         pinned=key in desired.pinned,
         aliases=[alias for alias, version in names.items() if version == record.version],
         size_bytes=record.size_bytes,
+        method=record.method,
+        unified=record.unified or None,
     )

@@ -21,6 +21,7 @@ from medley.bundle import Bundle, read_bundle
 from medley.classifier import Classifier
 from medley.prompts import class_text_features
 from medley.routed import PackedTask, RoutedModel
+from medley.unified import Unified
 from service.answers.engine import Engine
 from service.errors import UnavailableError
 from service.signals.metrics import Metrics
@@ -54,15 +55,19 @@ class Loader:
         with self._metrics.bundle_load_s.labels("verify").time():
             return read_bundle(path, max_bytes=self._max_bundle_bytes)
 
-    async def prepare(self, bundle: Bundle) -> Prepared:
+    async def prepare(self, bundle: Bundle, unified: Unified | None = None) -> Prepared:
         """Do all for a version that can be done before it goes to the device.
 
+        Args:
+            bundle: the version.
+            unified: the unified model that it names, if it names one.
+
         Raises:
-            BundleError: it is for another backbone.
+            BundleError: it is for another backbone, or a part of another unified model.
             CapacityError: it is larger than the slots here.
         """
         with self._metrics.bundle_load_s.labels("pack").time():
-            packed = await asyncio.to_thread(pack, bundle, self._classifier)
+            packed = await asyncio.to_thread(pack, bundle, self._classifier, unified)
         model, manifest = self._classifier.model, bundle.manifest
         names, templates = manifest.class_names, manifest.templates
         size = max(1, CHUNK // len(templates))

@@ -26,6 +26,7 @@ from service.signals.metrics import OTHER, Metrics
 from service.versions.host_tier import HostTier, Prepared
 from service.versions.live import Key, LabelSet, Leaving, Live, Resident, Snapshot
 from service.versions.loading import Loader
+from service.versions.unified import UnifiedModels
 from service.wire.rollout_schemas import candidates
 
 __all__ = ["Residency", "protected"]
@@ -39,6 +40,7 @@ class Residency:
 
     Args:
         store: where the bundles are.
+        unified: reads what several of them are loaded from.
         loader: what loads and unloads them.
         metrics: told what is where.
         max_host_bytes: for versions that are kept ready in memory.
@@ -49,12 +51,14 @@ class Residency:
         self,
         *,
         store: BundleStore,
+        unified: UnifiedModels,
         loader: Loader,
         metrics: Metrics,
         max_host_bytes: int,
         unload_s: float,
     ) -> None:
         self._store = store
+        self._unified = unified
         self._loader = loader
         self._metrics = metrics
         self._unload_s = unload_s
@@ -196,12 +200,13 @@ class Residency:
         """Put a version on the device and prove it; nobody sees it before it is published.
 
         Raises:
-            BundleError: it is not what it says; nothing has changed.
+            BundleError: it is not what it says, or its unified model is not here; nothing has
+                changed.
             CapacityError: nothing that could leave would make room for it; nothing has changed.
             UnavailableError: what has to leave for it is in use for too long.
         """
         with self._counted(record):
-            prepared = await self._loader.prepare(bundle)
+            prepared = await self._loader.prepare(bundle, await self._unified.of(record))
             resident = await self._admit(record, prepared, evict=True)
         self._keep(record, prepared)
         return resident
@@ -380,11 +385,12 @@ class Residency:
     async def _from_disk(self, record: VersionRecord) -> Prepared:
         async with self._fetching:
             path = await asyncio.to_thread(self._store.fetch, record.digest)
+        unified = await self._unified.of(record)
         async with self._reading:
             bundle = await asyncio.to_thread(self._loader.read, path)
             if bundle.digest != record.digest:
                 raise BundleError(["the bundle in the store is another one"], code="damaged")
-            return await self._loader.prepare(bundle)
+            return await self._loader.prepare(bundle, unified)
 
     def _fail(self, record: VersionRecord, error: MedleyError) -> None:
         """Remember that a version cannot be served, unless it is gone."""

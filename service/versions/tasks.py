@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from medley.bundle import Bundle
+from medley.errors import MedleyError
 from service.bundles.sources import Sources
 from service.bundles.store import BundleStore, Upload
 from service.errors import (
@@ -154,6 +155,14 @@ class Tasks:
         Raises: as for `Residency.bring`.
         """
         await self._change(self._residency.bring(key, again=True))
+
+    async def retry_from(self, unified: str) -> None:
+        """Try once more all that failed and is loaded from this unified model."""
+        snapshot = self.live.snapshot
+        for key in sorted(snapshot.failed):
+            if snapshot.desired.records[key].unified == unified:
+                with suppress(MedleyError):  # it is marked, and says why
+                    await self.retry(key)
 
     async def close(self) -> None:
         """Give up registrations that wait, make whole what has begun, and return then."""
@@ -361,7 +370,9 @@ class Tasks:
             return found
         key = (wanted.task, wanted.version)
         known = self.live.snapshot.desired.records.get(key)
-        record = known or VersionRecord(*key, bundle.digest, now(), upload.size_bytes)
+        record = known or _record(key, bundle, size_bytes=upload.size_bytes)
+        if record.unified:
+            await asyncio.to_thread(self._store.spare, record.unified)
         await asyncio.to_thread(self._store.keep, upload, bundle.digest)
         self._on_step("stored")
         try:
@@ -413,7 +424,8 @@ class Tasks:
             raise
         self._on_step("committed")
         await self._serve(desired, resident)
-        await self._confirm(record.digest)
+        for digest in record.files:
+            await self._confirm(digest)
         self._on_step("published")
 
     async def _confirm(self, digest: str) -> None:
@@ -461,6 +473,18 @@ class Tasks:
 
 async def _nothing() -> None:
     """A change of nothing, for the sake of what goes before every change."""
+
+
+def _record(key: Key, bundle: Bundle, *, size_bytes: int) -> VersionRecord:
+    manifest = bundle.manifest
+    return VersionRecord(
+        *key,
+        bundle.digest,
+        now(),
+        size_bytes,
+        method=manifest.method,
+        unified=manifest.fusion.unified if manifest.fusion else "",
+    )
 
 
 def _check_names(bundle: Bundle, wanted: Wanted) -> None:

@@ -38,6 +38,8 @@ _VERSION = {
     "pinned": False,
     "aliases": ["live"],
     "size_bytes": 4_194_304,
+    "method": "moe_adapter",
+    "unified": None,
 }
 _TASK = {
     "task": "flowers",
@@ -48,6 +50,13 @@ _TASK = {
     "templates": ["a photo of a {}, a flower."],
     "changed": 3,
     "generation": 3,
+}
+_UNIFIED = {
+    "digest": "sha256:" + 64 * "2",
+    "method": "lora",
+    "here": True,
+    "size_bytes": 39_845_888,
+    "versions": ["birds@1", "cars@3"],
 }
 _REPLICA = {
     "id": "5f0c2f6f7f1d4c0a9d3c1f6a7b8e9d00",
@@ -232,6 +241,8 @@ EXAMPLES: dict[tuple[str, str], Example] = {
     ("GET", "/v1/unclaimed/{image}"): Example(),
     ("DELETE", "/v1/unclaimed/{image}"): Example(status=204),
     ("DELETE", "/v1/unclaimed"): Example(status=204),
+    ("GET", "/v1/unified"): Example({"generation": 7, "unified": [_UNIFIED]}),
+    ("PUT", "/v1/unified/{digest}"): Example(_UNIFIED | {"versions": []}, status=201),
     ("GET", "/v1/replicas"): Example({"generation": 7, "replicas": [_REPLICA]}),
     ("GET", "/v1/operations"): Example({"operations": [_OPERATION]}),
     ("GET", "/v1/operations/{operation}"): Example(_OPERATION),

@@ -37,6 +37,10 @@ class VersionAnswer(BaseModel):
     pinned: bool = Field(description="Whether it has to stay on the device")
     aliases: list[str] = Field(description="The names it has besides its own, such as live")
     size_bytes: int | None = Field(default=None, description="Of its bundle, where it is known")
+    method: str = Field(default="moe_adapter", description="How it was learnt")
+    unified: str | None = Field(
+        default=None, description="Digest of the unified model that it is loaded from, if any"
+    )
 
 
 class TaskAnswer(BaseModel):

@@ -25,6 +25,7 @@ from service.signals.metrics import Metrics
 from service.versions.live import Key
 from service.versions.loading import Loader
 from service.versions.residency import Residency
+from service.versions.unified import UnifiedModels
 
 __all__ = ["PIXELS", "Residence", "residence", "truth"]
 
@@ -155,6 +156,9 @@ async def residence(
     )
     residency = Residency(
         store=store,
+        unified=UnifiedModels(
+            store, fingerprint=backbone.fingerprint, max_bytes=2**30, metrics=metrics
+        ),
         loader=Loader(engine, classifier, metrics, max_bundle_bytes=2**30),
         metrics=metrics,
         max_host_bytes=max_host_bytes,
