@@ -36,7 +36,7 @@ __all__ = [
 
 DEFAULT_GROUPS = 8
 LEAST_RANKS = 8  # of a group: of fewer, hardly anything can be said
-TOKENS = 2048  # of a batch that are looked at, and at least one of each row
+TOKENS = 512  # of a batch that are looked at, and at least one of each row
 _CONSTANT = 1e-10  # a column is constant whose variance is so small a part of its mean square
 _TINY = 1e-20
 

@@ -31,6 +31,7 @@ class AblationName(StrEnum):
     TEXT_EXPERTS = "text_experts"
     RELU = "relu"
     ALPHA = "alpha"
+    REDUNDANCY = "redundancy"
 
 
 def ablation_command(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medley.markdown import table
 from trainer.bench.ablations import Ablation
 from trainer.bench.metrics import OverSeeds, over_seeds
 from trainer.bench.pictures import bars_png
 from trainer.bench.tables import cell, cells
+from trainer.redundancy import MEASURES
 
 __all__ = ["Cell", "markdown", "picture"]
 
@@ -20,6 +21,11 @@ READING = {
         "Accuracy in per cent on the test images, the task told: as trained, on each task; mean "
         "over the tasks, as trained and with the experts that a bundle keeps. Parameters and "
         "seconds of training are means over the tasks."
+    ),
+    "against": (
+        "Against {against}: the difference to that arm with the same seed on the same task, mean "
+        "over the tasks, and on how many tasks and seeds it is better : worse. The last columns: "
+        "how redundant image experts are after training, by each measure (docs/redundancy.md). "
     ),
     "routing": (
         "All tasks learnt, every image on its own, in per cent but for AUROC. Accuracy: images "
@@ -57,8 +63,8 @@ def markdown(ablation: Ablation, trials: Sequence[Cell], *, command: str, machin
     head, lines = rows(ablation, trials, len(seeds))
     return (
         f"# {ablation.name}: {ablation.question}\n\n{table(('', ''), about.items())}\n\n"
-        f"{READING[ablation.kind]} +- is the sample standard deviation over the seeds, left out "
-        f"where they agree exactly.\n\n{table(head, lines)}\n\n![the same as bars](bars.png)\n"
+        f"{READING[ablation.kind]} {_comparison(ablation)}+- is the sample standard deviation over "
+        f"the seeds, left out where they agree exactly.\n\n{table(head, lines)}\n\n![the same as bars](bars.png)\n"
     )
 
 
@@ -83,16 +89,39 @@ Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def _learning(ablation: Ablation, trials: Sequence[Cell], seeds: int) -> Rows:
+    by_arm = _by_arm(trials)
+    base = by_arm.get(ablation.against or "", [])
+    numbers = COSTS | (dict.fromkeys(MEASURES, ".3f") if base else {})
     lines = [
         (
             arm,
             *cells((_mean(_of(found, task), "trained") for task in ablation.tasks), seeds),
             *cells((_mean(found, name) for name in ("trained", "kept")), seeds),
-            *(cell(_mean(found, n), seeds, scale=1, form=form) for n, form in COSTS.items()),
+            *(_against(base, found, seeds) if base else ()),
+            *(cell(_mean(found, n), seeds, scale=1, form=form) for n, form in numbers.items()),
         )
-        for arm, found in _by_arm(trials).items()
+        for arm, found in by_arm.items()
     ]
-    return ("arm", *ablation.tasks, "mean", "mean, kept", *COSTS), lines
+    paired = (f"against {ablation.against}", "better : worse") if base else ()
+    return ("arm", *ablation.tasks, "mean", "mean, kept", *paired, *numbers), lines
+
+
+def _against(base: Sequence[Cell], found: Sequence[Cell], seeds: int) -> tuple[str, str]:
+    """Compare an arm with another where both have the same seed and task."""
+    there = {(c.task, c.seed): c.metrics["trained"] for c in base}
+    gains = [
+        replace(c, metrics={"gain": c.metrics["trained"] - there[c.task, c.seed]})
+        for c in found
+        if (c.task, c.seed) in there
+    ]
+    better, worse = (sum(sign * c.metrics["gain"] > 0 for c in gains) for sign in (1, -1))
+    return cell(_mean(gains, "gain"), seeds, form="+.1f"), f"{better} : {worse}"
+
+
+def _comparison(ablation: Ablation) -> str:
+    if ablation.against is None:
+        return ""
+    return READING["against"].format(against=ablation.against)
 
 
 def _routing(_: Ablation, trials: Sequence[Cell], seeds: int) -> Rows:

@@ -6,12 +6,13 @@ A table, and nothing that computes: `trials.py` runs one arm, `ablation_run.py` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from medley.backbone import Backbone
 from medley.errors import DataError
 from trainer.ddas import DEFAULT_CODE_SIZE, DEFAULT_FEATURES
+from trainer.redundancy import MEASURES
 from trainer.settings import TrainSettings
 
 __all__ = ["ABLATIONS", "Ablation", "Arms", "ablation"]
@@ -28,9 +29,11 @@ class Ablation:
 
     Attributes:
         kind: ``learning`` trains experts and measures told accuracy, each task by itself; its arms
-            are overrides of `TrainSettings`. ``routing`` fits the selectors of all tasks and
-            measures where the images go; its arms are arguments of `fit_selector`.
+            are overrides of `TrainSettings`, over `base`. ``routing`` fits the selectors of all
+            tasks and measures where the images go; its arms are arguments of `fit_selector`.
         arms: for a backbone, whose depth they may ask.
+        base: what of the settings all arms share, where it is not the default.
+        against: an arm that all others are compared with, seed by seed and task by task.
         iterations: of learning, unless an arm says otherwise; a sixth of the default.
     """
 
@@ -39,13 +42,15 @@ class Ablation:
     kind: Literal["learning", "routing"]
     tasks: tuple[str, ...]
     arms: Callable[[Backbone], Arms]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    against: str | None = None
     iterations: int = 100
 
     def settings(self, arm: Mapping[str, Any], seed: int) -> TrainSettings:
         """What an arm learns with; a routing arm learns nothing, and only the seed matters."""
         if self.kind == "routing":
             return TrainSettings(seed=seed)
-        return TrainSettings(**{"iterations": self.iterations, **arm, "seed": seed})
+        return TrainSettings(**{"iterations": self.iterations, **self.base, **arm, "seed": seed})
 
 
 def ablation(name: str) -> Ablation:
@@ -112,6 +117,15 @@ def _alphas(_: Backbone) -> Arms:
     return {f"alpha {alpha:g}": {"alpha": alpha} for alpha in (0.005, 0.01, 0.02, 0.05, 0.1)}
 
 
+def _redundancy(_: Backbone) -> Arms:
+    weighted = {
+        f"{measure} {weight:g}": {"redundancy": measure, "redundancy_weight": weight}
+        for measure in MEASURES
+        for weight in (1e-3, 1e-2, 1e-1)
+    }
+    return {"off": {"redundancy": "off"}, **weighted}
+
+
 ABLATIONS = {
     one.name: one
     for one in (
@@ -164,6 +178,14 @@ ABLATIONS = {
             kind="routing",
             tasks=ROUTED,
             arms=_alphas,
+        ),
+        Ablation(
+            name="redundancy",
+            question="Does it pay to keep groups of ranks from doing the same?",
+            kind="learning",
+            tasks=LEARNT,
+            arms=_redundancy,
+            against="off",
         ),
     )
 }

@@ -21,7 +21,8 @@ def cell(result: OverSeeds | None, seeds: int, *, scale: float = 100, form: str 
     """
     if result is None:
         return NOTHING
-    spread = f" +- {scale * result.spread:{form}}" if result.spread else ""
+    size = form.removeprefix("+")  # a spread has no sign
+    spread = f" +- {scale * result.spread:{size}}" if result.spread else ""
     fewer = "" if result.seeds == seeds else f" ({result.seeds} of {seeds} seeds)"
     return f"{scale * result.mean:{form}}{spread}{fewer}"
 

@@ -30,12 +30,15 @@ from trainer.export import BUCKET
 from trainer.freezing import keep, measure_usage
 from trainer.frozen import frozen_buckets, frozen_taps
 from trainer.methods import FrozenExperts, MoeAdapter
+from trainer.redundancy import MEASURES, SubspaceRedundancy
+from trainer.settings import TrainSettings
 from trainer.training import Trained, train
 
 __all__ = ["Metrics", "learning_trial", "routing_trial"]
 
 Metrics = dict[str, float]
 
+LOOKED_AT = 256  # images that say how redundant experts are
 # They decide what is made of a trained learner, not how it is trained.
 AFTER_TRAINING = (
     *("freeze", "freeze_mass", "freeze_count"),
@@ -54,7 +57,8 @@ def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
 
     Returns:
         ``trained``: accuracy of the learner as it was trained; ``kept``: that of the experts that
-        a bundle would hold, where it could; parameters; processor seconds.
+        a bundle would hold, where it could; parameters; processor seconds; and by each measure how
+        redundant the image experts are for images they were trained on.
     """
     result, cpu_seconds = _trained(course, task, trained)
     learner, settings = result.learner, course.settings
@@ -68,6 +72,7 @@ def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
         "stored parameters": counts.stored,
         "active parameters": counts.active,
         "CPU seconds": cpu_seconds,
+        **_redundancies(result, settings),
     }
     if settings.relu:  # a bundle's experts have one
         metrics["kept"] = _kept_accuracy(course, kept, test)
@@ -129,6 +134,20 @@ def _trained(course: Course, task: str, folder: Path) -> tuple[Trained, float]:
     if not took.exists():
         write_whole(took, json.dumps({"cpu_seconds": meter.cpu_seconds}).encode())
     return result, float(json.loads(took.read_bytes())["cpu_seconds"])
+
+
+def _redundancies(result: Trained, settings: TrainSettings) -> Metrics:
+    learner, few = result.learner, np.arange(min(LOOKED_AT, len(result.trunk.images)))
+    assert isinstance(learner, MoeAdapter)
+    entrance = result.trunk.batch(few, 0)
+    return {
+        measure: float(
+            learner.redundancy(
+                entrance, SubspaceRedundancy(measure=measure, groups=settings.redundancy_groups)
+            )
+        )
+        for measure in MEASURES
+    }
 
 
 def _identity(course: Course, task: str, part: ImageSet) -> str:

@@ -23,6 +23,7 @@ from medley.tower import Block, Mask
 from trainer.experts import BlockMixture, ExpertConfig, TowerMixture
 from trainer.methods.learner import Learner, ParameterCounts, Prompts
 from trainer.penalties import Penalties
+from trainer.redundancy import SubspaceRedundancy
 from trainer.settings import TrainSettings
 from trainer.trunk import Entrance
 
@@ -93,6 +94,18 @@ class MoeAdapter(Learner):
         """Show what the text experts read of the prompts that are being learnt."""
         if isinstance(self._learnt, Prompts):
             self._encode_text(self._learnt, observe=observe)
+
+    @torch.no_grad()
+    def redundancy(self, entrance: Entrance, how: SubspaceRedundancy) -> Tensor:
+        """Measure how redundant the image experts are for some images: a mean over the blocks."""
+        self.eval()
+        found: list[Tensor] = []
+
+        def measure(block: int, x_BLD: Tensor) -> None:
+            found.append(self.vision[block].redundancy(x_BLD, how))
+
+        self.image_features(entrance, observe=measure)
+        return torch.stack(found).mean()
 
     def counts(self, kept: TaskExperts | None = None) -> ParameterCounts:
         """See `Learner`.
