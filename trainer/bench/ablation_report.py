@@ -64,7 +64,8 @@ def markdown(ablation: Ablation, trials: Sequence[Cell], *, command: str, machin
     return (
         f"# {ablation.name}: {ablation.question}\n\n{table(('', ''), about.items())}\n\n"
         f"{READING[ablation.kind]} {_comparison(ablation)}+- is the sample standard deviation over "
-        f"the seeds, left out where they agree exactly.\n\n{table(head, lines)}\n\n![the same as bars](bars.png)\n"
+        f"the seeds, left out where they agree exactly.\n\n{table(head, lines)}\n\n"
+        "![the same as bars](bars.png)\n"
     )
 
 
