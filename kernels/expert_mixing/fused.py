@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.expert_mixing.table import Launch, find
+from kernels.expert_mixing.tiles import dot, read, upcast, write
 
 __all__ = [
     "Call",
@@ -30,17 +31,6 @@ __all__ = [
     "mix",
     "prepare",
 ]
-
-
-@triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
-    # The interpreter multiplies raw bfloat16 bit patterns in tl.dot (triton issue 11584), so it
-    # gets float32; a GPU's tensor cores get what was loaded. "ieee" concerns float32 inputs alone:
-    # they are the kernel's exact form, not its fast one, and tf32 would keep 10 bits of them.
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -115,16 +105,6 @@ def _routed(
             live_E = tl.where(e_E == index, float("-inf"), live_E)
         gate_K = gate_K / total * tl.load(scale_ptr + path)
     return slot_K, gate_K, active
-
-
-@triton.jit
-def _read(ptr, at_M, nn_N, within_M):
-    return tl.load(ptr + (at_M + nn_N[None, :]), mask=within_M, other=0.0)
-
-
-@triton.jit
-def _write(ptr, at_M, nn_N, within_M, value_MN):
-    tl.store(ptr + (at_M + nn_N[None, :]), value_MN.to(ptr.dtype.element_ty), mask=within_M)
 
 
 @triton.jit
@@ -248,9 +228,9 @@ def kernel(
         hidden_MH = tl.zeros((BLOCK_M, H_PAD), tl.float32)
         for k0 in range(0, D, BLOCK_K):
             kk_K = k0 + tl.arange(0, BLOCK_K)
-            x_MK = _read(x_ptr, at_M, kk_K, within_M)
+            x_MK = read(x_ptr, at_M, kk_K, within_M)
             down_HK = tl.load(down_H + kk_K[None, :], mask=there_H[:, None], other=0.0)
-            hidden_MH = _dot(x_MK, tl.trans(down_HK), hidden_MH, UPCAST)
+            hidden_MH = dot(x_MK, tl.trans(down_HK), hidden_MH, UPCAST)
             if NORM:
                 mean_M, spread_M = _moments(x_MK.to(tl.float32), mean_M, spread_M, k0, BLOCK_K)
 
@@ -278,31 +258,31 @@ def kernel(
             up_bias_KN = tl.load(up_bias_K + nn_N[None, :], mask=(slot_K >= 0)[:, None], other=0.0)
             bias_N = tl.sum(gate_K[:, None] * up_bias_KN, axis=0)
             if NORM:
-                x_MN = _read(x_ptr, at_M, nn_N, within_M).to(tl.float32)
+                x_MN = read(x_ptr, at_M, nn_N, within_M).to(tl.float32)
                 bias_N += tl.load(out_bias_ptr + nn_N).to(tl.float32)
                 z_MN = _normalise(x_MN, mean_M, rstd_M, norm_weight_ptr, norm_bias_ptr, nn_N)
-                _write(z_ptr, at_M, nn_N, within_M, z_MN)
+                write(z_ptr, at_M, nn_N, within_M, z_MN)
                 y_MN = x_MN + bias_N[None, :]
             else:
                 y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias_N[None, :]
-            y_MN = _dot(hidden_MH, up_HN, y_MN, UPCAST)
-            _write(y_ptr, at_M, nn_N, within_M, y_MN)
+            y_MN = dot(hidden_MH, up_HN, y_MN, UPCAST)
+            write(y_ptr, at_M, nn_N, within_M, y_MN)
     else:
         if NORM:
             for k0 in range(0, D, BLOCK_K):
                 kk_K = k0 + tl.arange(0, BLOCK_K)
-                x_MK = _read(x_ptr, at_M, kk_K, within_M).to(tl.float32)
+                x_MK = read(x_ptr, at_M, kk_K, within_M).to(tl.float32)
                 mean_M, spread_M = _moments(x_MK, mean_M, spread_M, k0, BLOCK_K)
             rstd_M = tl.rsqrt(spread_M / D + eps)
         for n0 in range(0, D // SPLIT, BLOCK_N):
             nn_N = first + n0 + tl.arange(0, BLOCK_N)
             y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if NORM:
-                x_MN = _read(x_ptr, at_M, nn_N, within_M).to(tl.float32)
+                x_MN = read(x_ptr, at_M, nn_N, within_M).to(tl.float32)
                 z_MN = _normalise(x_MN, mean_M, rstd_M, norm_weight_ptr, norm_bias_ptr, nn_N)
-                _write(z_ptr, at_M, nn_N, within_M, z_MN)
+                write(z_ptr, at_M, nn_N, within_M, z_MN)
                 y_MN = x_MN + tl.load(out_bias_ptr + nn_N).to(tl.float32)[None, :]
-            _write(y_ptr, at_M, nn_N, within_M, y_MN)
+            write(y_ptr, at_M, nn_N, within_M, y_MN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,8 +404,7 @@ def prepare(
             "NORM": norm is not None,
             "RELU": relu,
             "KEEP": keep_BLH is not None,
-            # A CPU tensor can only get here under the interpreter.
-            "UPCAST": x_BLD.device.type == "cpu" and x_BLD.dtype is torch.bfloat16,
+            "UPCAST": upcast(x_BLD),
             "BLOCK_M": launch.block_m,
             "BLOCK_K": launch.block_k,
             "BLOCK_N": launch.block_n,

@@ -161,6 +161,9 @@ def add_low_rank_(
             launch table has no room for.
     """
     _check_low_rank(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
+    if x_BLI.device.type == "cuda":
+        add_low_rank_cuda_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
+        return y_BLO
     return reference.add_low_rank_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
 
 
@@ -225,6 +228,21 @@ def expert_mixing_norm_cuda(
     return fused.expert_mixing_norm(x_BLD, *routing, *norm, max_top_k=max_top_k, eps=eps)
 
 
+@torch.library.custom_op("medley::add_low_rank_", mutates_args=("y_BLO",), device_types="cuda")
+def add_low_rank_cuda_(
+    y_BLO: Tensor,
+    x_BLI: Tensor,
+    slots_B: Tensor,
+    down_SRI: Tensor,
+    up_SRO: Tensor,
+    scale_S: Tensor,
+) -> None:
+    """Run `add_low_rank_` on the kernel; nothing is checked."""
+    from kernels.expert_mixing import fused_low_rank
+
+    fused_low_rank.add_low_rank_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
+
+
 mix_cuda.register_autograd(training.backward, setup_context=training.setup_context)
 
 
@@ -241,6 +259,11 @@ def _(x_BLD: Tensor, *_: object) -> Tensor:
 @expert_mixing_norm_cuda.register_fake
 def _(x_BLD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_BLD), torch.empty_like(x_BLD)
+
+
+@add_low_rank_cuda_.register_fake
+def _(y_BLO: Tensor, *_: object) -> None:
+    return None
 
 
 def _check_routing(

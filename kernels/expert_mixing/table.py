@@ -1,4 +1,4 @@
-"""How the fused kernel is cut up: one static table, no autotuning and no switch.
+"""How the fused kernels are cut up: one static table, no autotuning and no switch.
 
 A row is found by shapes that a server knows before its first request, so every program can be
 compiled, and every graph captured, before it.
@@ -28,16 +28,22 @@ class Launch:
     num_stages: int  # depth of the pipeline of loads
     split: int  # programs that share the columns of a tile's y, each repeating the first product
 
-    def fit(self, width: int) -> Launch:
+    def fit(self, width: int, outputs: int | None = None) -> Launch:
         """Return the same for this D: each step divides it, so that no column needs a mask.
 
+        Args:
+            width: columns of x.
+            outputs: columns of y, where that is another number.
+
         Raises:
-            ValueError: D is not a multiple of 16, the least that a tensor core takes.
+            ValueError: one is not a multiple of 16, the least that a tensor core takes.
         """
-        if width < 16 or width % 16:
-            raise ValueError(f"width {width} is not a multiple of 16")
-        split = self.split if width % (16 * self.split) == 0 else 1
-        columns = width // split
+        outputs = width if outputs is None else outputs
+        for size in (width, outputs):
+            if size < 16 or size % 16:
+                raise ValueError(f"width {size} is not a multiple of 16")
+        split = self.split if outputs % (16 * self.split) == 0 else 1
+        columns = outputs // split
         return replace(
             self,
             split=split,

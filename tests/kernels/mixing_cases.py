@@ -8,19 +8,18 @@ Legend: as in `kernels/expert_mixing/reference.py`.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kernels.expert_mixing import expert_mixing, expert_mixing_norm, mix
 from kernels.expert_mixing.table import Launch
+from tests.kernels.memory import Canaries, surrounded
+from tests.kernels.mutants import module
 
 __all__ = [
     "Case",
@@ -31,7 +30,6 @@ __all__ = [
     "build",
     "errors",
     "launched",
-    "moved",
     "small",
 ]
 
@@ -39,8 +37,6 @@ Form = Literal["mix", "plain", "norm"]
 Paths = Literal["mixed", "null", "one", "distinct"]
 
 _NEAR = 1e-3  # logits closer than this may come in either order: float32 sums differ by their order
-_CANARY = 1234.0
-_BAND = 4096  # elements on either side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +125,17 @@ def build(case: Case) -> Problem:
         form=case.form,
         max_top_k=K,
         relu=case.relu,
-        x_BLD=_surrounded(normal(B, L, D).to(case.dtype)),
-        weights_S2RD=_surrounded(weights_S2RD.to(case.dtype))[:S],
-        biases_SF=_surrounded(biases_SF)[:S],
+        x_BLD=surrounded(normal(B, L, D).to(case.dtype)),
+        weights_S2RD=surrounded(weights_S2RD.to(case.dtype))[:S],
+        biases_SF=surrounded(biases_SF)[:S],
         paths_B=_paths(case, g),
-        routers_PDE=_surrounded(routers_PDE)[:P],
+        routers_PDE=surrounded(routers_PDE)[:P],
         slots_PE=torch.cat([slots_PE, slots_PE[:1]])[:P],
         top_k_P=top_k_P[:P],
         scale_P=(torch.rand(P + 1, generator=g) + 0.5)[:P],
         slots_BK=slots_BK,
         gates_BK=torch.rand(B, K, generator=g) + 0.1,
-        keep_BLH=_surrounded(keep_BLH.to(case.dtype)) if case.keep else None,
+        keep_BLH=surrounded(keep_BLH.to(case.dtype)) if case.keep else None,
         out_bias_D=normal(D),
         norm_weight_D=normal(D),
         norm_bias_D=normal(D),
@@ -158,28 +154,6 @@ def _paths(case: Case, g: torch.Generator) -> Tensor:
             return torch.zeros(case.B, dtype=torch.int64)
         case "distinct":
             return torch.randperm(case.P, generator=g)[: case.B]
-
-
-def _surrounded(tensor: Tensor) -> Tensor:
-    """The same values with NaN before and behind them in memory."""
-    whole = torch.full((tensor.numel() + 2 * _BAND,), torch.nan, dtype=tensor.dtype)
-    view = whole[_BAND : _BAND + tensor.numel()].view(tensor.shape)
-    return view.copy_(tensor)
-
-
-def moved(p: Problem, device: str) -> Problem:
-    """The same problem on a device, with all that lies beside each tensor in memory."""
-    values: dict[str, Any] = {field.name: getattr(p, field.name) for field in fields(p)}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            values[name] = _moved(value, device)
-    return Problem(**values)
-
-
-def _moved(tensor: Tensor, device: str) -> Tensor:
-    elements = tensor.untyped_storage().nbytes() // tensor.itemsize
-    whole = tensor.as_strided((elements,), (1,), 0).to(device)
-    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def errors(answers: tuple[Tensor, ...], p: Problem) -> list[float]:
@@ -293,8 +267,10 @@ def launched(
     Raises:
         AssertionError: a canary beside an answer is gone.
     """
-    fused = _module(source)
-    written = [_Canaries(p.x_BLD) for _ in range(2 if p.form == "norm" else 1)]
+    fused = module("kernels.expert_mixing.fused", source)
+    written = [
+        Canaries(torch.full_like(p.x_BLD, torch.nan)) for _ in range(2 if p.form == "norm" else 1)
+    ]
     router = fused.Router(
         paths_B=p.paths_B, routers_PDE=p.routers_PDE, top_k_P=p.top_k_P, scale_P=p.scale_P
     )
@@ -323,28 +299,3 @@ def launched(
     for each in written:
         each.check()
     return tuple(each.inner for each in written)
-
-
-class _Canaries:
-    """Memory like x's, full of NaN, with values beside it that nothing may change."""
-
-    def __init__(self, x_BLD: Tensor) -> None:
-        self._whole = x_BLD.new_full((x_BLD.numel() + 2 * _BAND,), _CANARY)
-        self.inner = self._whole[_BAND : _BAND + x_BLD.numel()].view(x_BLD.shape).fill_(torch.nan)
-
-    def check(self) -> None:
-        beside = torch.cat([self._whole[:_BAND], self._whole[-_BAND:]])
-        assert (beside == self._whole.new_tensor(_CANARY)).all(), "written beside the answer"
-
-
-def _module(source: Path | None) -> ModuleType:
-    """The kernel's module: here, since importing it is what TRITON_INTERPRET has to come before."""
-    if source is None:
-        return importlib.import_module("kernels.expert_mixing.fused")
-    if source.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(source.stem, source)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[source.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[source.stem])
-    return sys.modules[source.stem]

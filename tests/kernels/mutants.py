@@ -1,9 +1,16 @@
-"""Small wrongs that could be done to the fused kernel, each a text put in the place of another.
+"""Small wrongs that could be done to the fused kernels, each a text put in the place of another.
 
 What a test that passes for one of these is worth, `test_expert_mixing_mutants.py` finds out.
 """
 
-__all__ = ["MUTANTS"]
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["LOW_RANK_MUTANTS", "MUTANTS", "module", "written"]
 
 # What is wrong: (the kernel's own text, found in it exactly once, and what replaces it).
 MUTANTS = {
@@ -62,11 +69,11 @@ MUTANTS = {
     "the last step of the first product is left out": (
         "        for k0 in range(0, D, BLOCK_K):\n"
         "            kk_K = k0 + tl.arange(0, BLOCK_K)\n"
-        "            x_MK = _read(x_ptr, at_M, kk_K, within_M)\n"
+        "            x_MK = read(x_ptr, at_M, kk_K, within_M)\n"
         "            down_HK",
         "        for k0 in range(0, D - BLOCK_K, BLOCK_K):\n"
         "            kk_K = k0 + tl.arange(0, BLOCK_K)\n"
-        "            x_MK = _read(x_ptr, at_M, kk_K, within_M)\n"
+        "            x_MK = read(x_ptr, at_M, kk_K, within_M)\n"
         "            down_HK",
     ),
     "every split writes the first columns": ("first = split * (D // SPLIT)", "first = 0"),
@@ -92,3 +99,67 @@ MUTANTS = {
         "y_MN = x_MN",
     ),
 }
+
+# The same of the kernel of low-rank updates.
+LOW_RANK_MUTANTS = {
+    "a slot out of range is used": ("if (slot >= 0) & (slot < S):", "if slot >= 0:"),
+    "rows without a slot use the first": (
+        "if (slot >= 0) & (slot < S):",
+        "slot = tl.maximum(slot, 0)\n    if slot < S:",
+    ),
+    "the scale is left out": (
+        "(hidden_MR * tl.load(scale_ptr + slot)).to",
+        "hidden_MR.to",
+    ),
+    "the scale is that of the row's number": ("scale_ptr + slot", "scale_ptr + b"),
+    "a slot's second matrix is found by the first one's size": (
+        "up_ptr + slot * (R * O)",
+        "up_ptr + slot * (R * I)",
+    ),
+    "what was there is forgotten": (
+        "y_MN = read(y_ptr, m_M[:, None] * O, nn_N, within_M).to(tl.float32)",
+        "y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)",
+    ),
+    "ranks beyond the last are those of the next slot": (
+        "tl.load(down_R + kk_K[None, :], mask=r_R < R, other=0.0)",
+        "tl.load(down_R + kk_K[None, :])",
+    ),
+    "the last step of the first product is left out": (
+        "range(0, I, BLOCK_K)",
+        "range(0, I - BLOCK_K, BLOCK_K)",
+    ),
+    "the last step of the second product is left out": (
+        "range(0, O // SPLIT, BLOCK_N)",
+        "range(0, O // SPLIT - BLOCK_N, BLOCK_N)",
+    ),
+    "every split writes the first columns": ("split * (O // SPLIT) + n0", "n0"),
+    "a tile writes one token too many": ("within_M = (m_M < L)", "within_M = (m_M <= L)"),
+    "all rows read the x of row 0": ("x_ptr += b * L * I", "x_ptr += 0"),
+    "the ranks are cut to x's precision before the scale": (
+        "(hidden_MR * tl.load(scale_ptr + slot)).to(x_ptr.dtype.element_ty)",
+        "(hidden_MR.to(tl.bfloat16) * tl.load(scale_ptr + slot)).to(x_ptr.dtype.element_ty)",
+    ),
+}
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    """Write a kernel's source to a file of its own."""
+    path = folder / f"kernel_{name}.py"
+    path.write_text(text)
+    return path
+
+
+def module(name: str, source: Path | None) -> ModuleType:
+    """A kernel's module, or that of another source file.
+
+    For the process in which it runs: importing it is what TRITON_INTERPRET has to come before.
+    """
+    if source is None:
+        return importlib.import_module(name)
+    if source.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(source.stem, source)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[source.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[source.stem])
+    return sys.modules[source.stem]

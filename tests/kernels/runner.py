@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
-from tests.kernels.mixing_cases import Problem, moved
+from tests.kernels.memory import moved
 
 __all__ = ["OnDevice", "Runner"]
 
@@ -29,9 +29,7 @@ class OnDevice:
         self._device = device
 
     def call(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        there: tuple[Any, ...] = tuple(
-            moved(arg, self._device) if isinstance(arg, Problem) else arg for arg in args
-        )
+        there: tuple[Any, ...] = tuple(moved(arg, self._device) for arg in args)
         return _fetched(function(*there, **kwargs))
 
 

@@ -19,7 +19,8 @@ from triton import knobs
 from kernels.expert_mixing import expert_mixing_norm, fused, mix
 from kernels.expert_mixing.table import find
 from tests.devices import CUDA, DEVICES, ON_CUDA
-from tests.kernels.mixing_cases import Case, Form, Problem, answered, build, errors, moved
+from tests.kernels.memory import moved
+from tests.kernels.mixing_cases import Case, Form, Problem, answered, build, errors
 from tests.tolerances import FUSED, PLAIN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

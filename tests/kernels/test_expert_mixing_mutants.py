@@ -10,7 +10,7 @@ import torch
 from kernels.expert_mixing import table
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.mixing_cases import Case, Problem, build, errors, launched, small
-from tests.kernels.mutants import MUTANTS
+from tests.kernels.mutants import MUTANTS, written
 from tests.tolerances import FUSED
 
 SOURCE = Path(table.__file__).with_name("fused.py")
@@ -43,12 +43,6 @@ def wrongs(interpreter: Interpreter, source: Path) -> list[str]:
         if max(found) > limit:
             return [f"{case}: {found}"]
     return []
-
-
-def written(folder: Path, name: str, text: str) -> Path:
-    path = folder / f"kernel_{name}.py"
-    path.write_text(text)
-    return path
 
 
 def test_the_kernel_itself_passes(interpreter: Interpreter, tmp_path: Path) -> None:

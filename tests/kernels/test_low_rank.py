@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.expert_mixing import add_low_rank_, low_rank
-from tests.kernels.low_rank_cases import Case, build, error
+from tests.kernels.low_rank_cases import Case, build, update_error
 from tests.tolerances import PLAIN
 
 USUAL = Case(B=6, L=7, I=32, O=48, R=8)
@@ -35,7 +36,9 @@ def test_the_plain_definition_agrees_with_float64(
     L, inputs, outputs, R = shape
     case = replace(USUAL, L=L, I=inputs, O=outputs, R=R, dtype=dtype)
     args = arguments(case)
-    assert error(low_rank(**{name: args[name] for name in UPDATE}), build(case)) <= PLAIN[dtype]
+    assert (
+        update_error(low_rank(**{name: args[name] for name in UPDATE}), build(case)) <= PLAIN[dtype]
+    )
 
 
 def test_a_layer_with_its_update_is_the_layer_of_the_merged_weight() -> None:
@@ -137,3 +140,12 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(wrong: str) -> None:
 def test_a_wrong_value_is_refused_with_the_value(name: str, value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_low_rank_(**(arguments(USUAL) | {name: value}))
+
+
+def test_a_device_is_traced_without_one() -> None:
+    args = arguments(replace(USUAL, dtype=torch.bfloat16))
+    with FakeTensorMode():
+        fake = {n: torch.empty(t.shape, dtype=t.dtype, device="cuda") for n, t in args.items()}
+        assert add_low_rank_(**fake) is fake["y_BLO"]
+        y_BLO = low_rank(**{name: fake[name] for name in UPDATE})
+    assert (y_BLO.device.type, y_BLO.shape, y_BLO.dtype) == ("cuda", (6, 7, 48), torch.bfloat16)
