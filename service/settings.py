@@ -140,6 +140,13 @@ class Settings(BaseSettings):
     max_bottleneck: int = Field(default=64, ge=1, description="Widest expert bottleneck")
     host_bytes: int = Field(
         default=1024 * MIB, ge=0, description="Memory for versions that are ready to be loaded"
+    low_rank_slots: int = Field(
+        default=16, ge=0, description="Versions with low-rank updates that may be on the device"
+    )
+    max_rank: int = Field(default=64, ge=1, description="Largest rank of these updates")
+    models: int = Field(
+        default=2, ge=0, description="Versions with weights of their own that may be on the device"
+    )
     )
     unload_s: float = Field(
         default=30.0, gt=0, description="Longest wait for requests to let a version leave"

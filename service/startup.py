@@ -425,3 +425,6 @@ def _make_classifier(
     if backbone.device.type == "cuda":
         return ReplayedClassifier(model, buckets=settings.buckets)
     return Classifier(model, buckets=settings.buckets)
+        low_rank_slots=settings.low_rank_slots,
+        low_rank=settings.max_rank,
+        models=settings.models,
