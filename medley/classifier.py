@@ -41,6 +41,7 @@ __all__ = [
     "Routed",
     "check_buckets",
     "logits",
+    "padded_places",
 ]
 
 MAX_NEAREST = 16  # neighbours that an image may ask for
@@ -208,10 +209,10 @@ class Classifier:
         )
         if device.type == "cpu":
             places = [place for place in places if near_BK[place] != NOBODY]
-        index_2R = _index(places, rows).to(device)
+        index_R2 = padded_places(places, rows).to(device)
         parts = [
-            self._along(frozen, near_BK, index_2R[:, start : start + rows])
-            for start in range(0, index_2R.shape[1], rows)
+            self._along(frozen, near_BK, index_R2[start : start + rows])
+            for start in range(0, len(index_R2), rows)
         ]
         return Beside(places, near_BK, similarity_BK, torch.cat([unit_BE[:0], *parts]))
 
@@ -222,9 +223,9 @@ class Classifier:
         unclaimed_B = paths_B == ZERO_SHOT
         return self.neighbours.nearest(unit_BE, among_BP & unclaimed_B[:, None], most)
 
-    def _along(self, frozen: Frozen, near_BK: Tensor, index_2B: Tensor) -> Tensor:
+    def _along(self, frozen: Frozen, near_BK: Tensor, index_B2: Tensor) -> Tensor:
         """Features of unit length of as many rows as the batch has, each by a neighbour's path."""
-        image_B, rank_B = index_2B
+        image_B, rank_B = index_B2.unbind(1)
         features_BE = self.model.finish(frozen.rows(image_B), near_BK[image_B, rank_B])
         return F.normalize(features_BE.float(), dim=-1)
 
@@ -271,7 +272,9 @@ class Classifier:
         """Which paths may be neighbours of each row, (B, P) bool."""
         among_BP = torch.zeros(rows, self.model.capacity.paths, dtype=torch.bool)
         for row, ask in enumerate(asks):
-            among_BP[row, list(self._candidates(ask))] = True
+            candidates = self._candidates(ask)
+            if candidates:
+                among_BP[row, sorted(candidates)] = True
         return among_BP
 
     def _candidates(self, ask: Ask) -> frozenset[int]:
@@ -300,6 +303,12 @@ def check_buckets(buckets: Sequence[int]) -> None:
         raise ValueError(f"the batch sizes {list(buckets)} must be one or more, and ascend")
 
 
+def padded_places(places: list[Place], rows: int) -> Tensor:
+    """Return places as (R, 2) int64; the last is repeated until R is a multiple of `rows`."""
+    padding = places[-1:] * (-len(places) % rows)
+    return torch.tensor([*places, *padding], dtype=torch.int64).reshape(-1, 2)
+
+
 def logits(features_E: Tensor, class_text_CE: Tensor, logit_scale: float) -> Tensor:
     """Scaled cosine of one image with each class, (C,); one row, so neighbours cannot matter."""
     return logit_scale * (class_text_CE @ features_E)
@@ -309,7 +318,7 @@ def logits(features_E: Tensor, class_text_CE: Tensor, logit_scale: float) -> Ten
 class Beside:
     """Rows that a batch ran for the neighbours of its images, wherever they are."""
 
-    places: Sequence[Place]  # of each row, in order of rank for each image
+    places: list[Place]  # of each row, in order of rank for each image
     near_BK: Tensor
     similarity_BK: Tensor
     features_RE: Tensor  # rows after the last place are padding
@@ -378,9 +387,3 @@ class _Parts:
 def _padded(pixels_BCHW: Tensor, size: int) -> Tensor:
     missing = size - len(pixels_BCHW)
     return pixels_BCHW if not missing else F.pad(pixels_BCHW, (0, 0) * 3 + (0, missing))
-
-
-def _index(places: Sequence[Place], rows: int) -> Tensor:
-    """Rows and ranks, (2, R) int64; the last place is repeated until R is a multiple of `rows`."""
-    padding = [places[-1]] * (-len(places) % rows) if places else []
-    return torch.tensor([*places, *padding], dtype=torch.int64).reshape(-1, 2).T

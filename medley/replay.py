@@ -3,28 +3,43 @@
 Each bucket has graphs that run in a row: the trunk (normalise, stem, blocks up to the experts, the
 features that selectors look at), the selection (DDAS of every task, the path of every row), and the
 experts, of which there is a second one without expert operations for batches that are zero-shot
-altogether. Their shapes do not depend on which tasks there are: an expert that comes or goes is a
-write into tensors that the graphs read. A graph is captured again only when what it depends on has
-changed: the selection with the tasks; all of them with the depth of the trunk or the features.
+altogether. Once somebody has asked for neighbours there are two more: who is nearest, and a pass of
+as many rows as the bucket has along the neighbours' paths, replayed as often as may be needed for
+all who asked, since nobody looks at who was claimed.
+
+Their shapes do not depend on which tasks there are: an expert that comes or goes is a write into
+tensors that the graphs read. A graph is captured again only when what it depends on has changed:
+the selection with the tasks, the nearest with the neighbours; all with the depth of the trunk or
+the features.
 
 Two lanes, each with pinned buffers and a staging area on the device, let a batch be copied in while
 the one before computes. On a CPU the same code runs without a queue (`medley/streams.py`), which is
 how the tests run it; on a CUDA device it has not run yet.
 
-Legend: B images, E joint embedding width, P paths that there may be, T tasks.
+Legend: B images, E joint embedding width, P paths that there may be, T tasks, K neighbours, R rows
+beside the images' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medley.classifier import Ask, Classifier, Launched, Routed
+from medley.classifier import (
+    MAX_NEAREST,
+    Ask,
+    Beside,
+    Classifier,
+    Launched,
+    Place,
+    Routed,
+    padded_places,
+)
 from medley.routed import Frozen, RoutedModel
 from medley.streams import Capture, Event, Stream, Streams, Work, streams_of
 
@@ -57,9 +72,15 @@ class ReplayedClassifier(Classifier):
         self._answers = _Answers(
             *(torch.zeros(s, dtype=t, device=device) for s, t in self._answered())
         )
+        self._place_B2 = torch.zeros(self.max_batch, 2, dtype=torch.int64, device=device)
+        self._along_BE, self._beside_RE = (
+            torch.zeros(rows, model.backbone.embed_dim, device=device)
+            for rows in (self.max_batch, self._most_beside)
+        )
         self._lanes = [self._lane() for _ in range(LANES)]
         self._turn = 0
         self._graphs: dict[int, _Graphs] = {}
+        self._neighbours_asked = False
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -69,56 +90,68 @@ class ReplayedClassifier(Classifier):
 
     def _start(self, pixels_BCHW: Tensor, asks: Sequence[Ask]) -> Launched:
         rows = self._bucket(len(asks))
+        self._neighbours_asked |= any(ask.nearest for ask in asks)
         graphs = self._graphs_of(rows)
         lane = self._lanes[self._turn]
         self._turn = (self._turn + 1) % LANES
         lane.settle()
-        lane.fill(_Inputs(pixels_BCHW, self._told(asks, rows), self._eligible(asks, rows)))
+        places = self._places(asks)
+        beside = lane.fill(self._filled(pixels_BCHW, asks, rows), padded_places(places, rows))
         up, main, down = self._streams.up, self._streams.main, self._streams.down
         _copy(up, lane.staged, lane.inputs, rows)
+        up.copy(lane.staged_R2[:beside], lane.places_R2[:beside])
         main.wait_for(up.record())
         _copy(main, self._inputs, lane.staged, rows)
         main.run(graphs.trunk.replay)
         main.wait_for(self._lanes[self._turn].fetched)  # the answers before are overwritten now
-        main.run(graphs.selection.replay)
-        last = graphs.zero_shot if self._all_zero_shot(asks) else graphs.experts
-        main.run(last.replay)
+        graphs.run("selection", main)
+        graphs.run("zero_shot" if self._all_zero_shot(asks) else "experts", main)
+        if places:
+            graphs.run("nearest", main)
+        for start in range(0, beside, rows):
+            main.copy(self._place_B2[:rows], lane.staged_R2[start : start + rows])
+            graphs.run("along", main)
+            main.copy(self._beside_RE[start : start + rows], self._along_BE[:rows])
         down.wait_for(main.record())
         _copy(down, lane.answers, self._answers, rows)
-        return lane.launched(down.record(), len(asks), self.selectors.tasks)
+        down.copy(lane.beside_RE[:beside], self._beside_RE[:beside])
+        return lane.launched(down.record(), len(asks), self.selectors.tasks, places)
+
+    def _filled(self, pixels_BCHW: Tensor, asks: Sequence[Ask], rows: int) -> _Inputs:
+        """A batch as the buffers take it, on the host."""
+        told_B, eligible_BP = self._told(asks, rows), self._eligible(asks, rows)
+        return _Inputs(pixels_BCHW, told_B, eligible_BP, self._among(asks, rows))
 
     def _graphs_of(self, rows: int) -> _Graphs:
         """The graphs of a bucket, captured again as far as need be."""
-        graphs = self._graphs.get(rows)
-        trunk_key = (self.model.first_expert_block, self.selectors.taps)
-        if graphs is not None and graphs.trunk_key == trunk_key:
-            if graphs.tasks_key == self.selectors.changes:
-                return graphs
-            self._settle()
-            selection = self._selection(graphs.frozen, rows)
-            graphs = replace(graphs, tasks_key=self.selectors.changes, selection=selection)
-        else:
+        key = (self.model.first_expert_block, self.selectors.taps)
+        if rows not in self._graphs or self._graphs[rows].key != key:
             self._settle()
             self._graphs.pop(rows, None)  # its memory is free for the new ones
-            graphs = self._captured(rows, trunk_key)
-        self._graphs[rows] = graphs
+            self._graphs[rows] = self._captured(rows, *key)
+        graphs = self._graphs[rows]
+        frozen, paths_B = graphs.frozen, self._answers.paths_B[:rows]
+        self._keep(graphs, "selection", self._selection(frozen, rows), self.selectors.changes)
+        self._keep(graphs, "experts", self._encoding(frozen, paths_B, rows))
+        self._keep(graphs, "zero_shot", self._encoding(frozen, None, rows))
+        if self._neighbours_asked:
+            self._keep(graphs, "nearest", self._nearest(rows), self.neighbours.changes)
+            self._keep(graphs, "along", self._encoding_beside(frozen, rows))
         return graphs
 
-    def _captured(self, rows: int, trunk_key: tuple[int, tuple[str, ...]]) -> _Graphs:
-        depth, taps = trunk_key
+    def _captured(self, rows: int, depth: int, taps: tuple[str, ...]) -> _Graphs:
         trunk = self._streams.capture(self._trunk(rows, taps))
         hidden_BLD, *rest = trunk.outputs
         features_BE = rest[len(taps)] if len(rest) > len(taps) else None
         frozen = Frozen(hidden_BLD, dict(zip(taps, rest, strict=False)), features_BE, depth)
-        return _Graphs(
-            trunk_key,
-            self.selectors.changes,
-            frozen,
-            trunk,
-            self._selection(frozen, rows),
-            self._streams.capture(self._encoding(frozen, self._answers.paths_B[:rows], rows)),
-            self._streams.capture(self._encoding(frozen, None, rows)),
-        )
+        return _Graphs((depth, taps), frozen, trunk)
+
+    def _keep(self, graphs: _Graphs, name: str, work: Work, made_for: int = 0) -> None:
+        """Capture work that is not captured yet, or was for something else."""
+        if name not in graphs.others or graphs.others[name][0] != made_for:
+            self._settle()
+            graphs.others.pop(name, None)
+            graphs.others[name] = (made_for, self._streams.capture(work))
 
     def _trunk(self, rows: int, taps: tuple[str, ...]) -> Work:
         def trunk() -> Sequence[Tensor]:
@@ -129,7 +162,7 @@ class ReplayedClassifier(Classifier):
 
         return trunk
 
-    def _selection(self, frozen: Frozen, rows: int) -> Capture:
+    def _selection(self, frozen: Frozen, rows: int) -> Work:
         def selection() -> Sequence[Tensor]:
             inputs, answers = self._inputs, self._answers
             paths_B, scores_BT, accepted_BT = self.selectors.route(
@@ -140,7 +173,7 @@ class ReplayedClassifier(Classifier):
             answers.accepted_BP[:rows].index_copy_(1, self.selectors.paths_T, accepted_BT)
             return ()
 
-        return self._streams.capture(selection)
+        return selection
 
     def _encoding(self, frozen: Frozen, paths_B: Tensor | None, rows: int) -> Work:
         def encoding() -> Sequence[Tensor]:
@@ -152,23 +185,59 @@ class ReplayedClassifier(Classifier):
 
         return encoding
 
+    def _nearest(self, rows: int) -> Work:
+        def nearest() -> Sequence[Tensor]:
+            inputs, answers = self._inputs, self._answers
+            near_BK, similarity_BK = self._near(
+                answers.features_BE[:rows],
+                answers.paths_B[:rows],
+                inputs.among_BP[:rows],
+                MAX_NEAREST,
+            )
+            answers.near_BK[:rows].copy_(near_BK)
+            answers.similarity_BK[:rows].copy_(similarity_BK)
+            return ()
+
+        return nearest
+
+    def _encoding_beside(self, frozen: Frozen, rows: int) -> Work:
+        def along() -> Sequence[Tensor]:
+            near_BK, place_B2 = self._answers.near_BK[:rows], self._place_B2[:rows]
+            self._along_BE[:rows].copy_(self._along(frozen, near_BK, place_B2))
+            return ()
+
+        return along
+
+    @property
+    def _most_beside(self) -> int:
+        return MAX_NEAREST * self.max_batch
+
     def _settle(self) -> None:
         for lane in self._lanes:
             lane.settle()
 
     def _lane(self) -> _Lane:
         device, host = self.model.backbone.device, self._streams.host_tensor
+        most, embed_dim = self._most_beside, self.model.backbone.embed_dim
         return _Lane(
-            _Inputs(*(host(*s, dtype=t) for s, t in self._asked())),
-            _Inputs(*(torch.zeros(s, dtype=t, device=device) for s, t in self._asked())),
-            _Answers(*(host(*s, dtype=t) for s, t in self._answered())),
-            self._streams.down.record(),
+            inputs=_Inputs(*(host(*s, dtype=t) for s, t in self._asked())),
+            staged=_Inputs(*(torch.zeros(s, dtype=t, device=device) for s, t in self._asked())),
+            answers=_Answers(*(host(*s, dtype=t) for s, t in self._answered())),
+            places_R2=host(most, 2, dtype=torch.int64),
+            staged_R2=torch.zeros(most, 2, dtype=torch.int64, device=device),
+            beside_RE=host(most, embed_dim, dtype=torch.float32),
+            fetched=self._streams.down.record(),
         )
 
     def _asked(self) -> Sequence[tuple[tuple[int, ...], torch.dtype]]:
         B, P = self.max_batch, self.model.capacity.paths
         pixels = (B, 3, *self.model.backbone.image_size)
-        return (pixels, torch.uint8), ((B,), torch.int64), ((B, P), torch.bool)
+        return (
+            (pixels, torch.uint8),
+            ((B,), torch.int64),
+            ((B, P), torch.bool),
+            ((B, P), torch.bool),
+        )
 
     def _answered(self) -> Sequence[tuple[tuple[int, ...], torch.dtype]]:
         B, P = self.max_batch, self.model.capacity.paths
@@ -178,6 +247,8 @@ class ReplayedClassifier(Classifier):
             ((B,), torch.int64),
             ((B, P), torch.float32),
             ((B, P), torch.bool),
+            ((B, MAX_NEAREST), torch.int64),
+            ((B, MAX_NEAREST), torch.float32),
         )
 
 
@@ -187,6 +258,7 @@ class _Inputs(NamedTuple):
     pixels_BCHW: Tensor
     told_B: Tensor
     eligible_BP: Tensor
+    among_BP: Tensor
 
 
 class _Answers(NamedTuple):
@@ -196,45 +268,59 @@ class _Answers(NamedTuple):
     paths_B: Tensor
     scores_BP: Tensor
     accepted_BP: Tensor
+    near_BK: Tensor
+    similarity_BK: Tensor
 
 
 @dataclass(frozen=True)
 class _Graphs:
-    """A bucket's captured work, and what it was captured for."""
+    """A bucket's captured work: the trunk, and by name what reads it and what that was made for."""
 
-    trunk_key: tuple[int, tuple[str, ...]]
-    tasks_key: int
-    frozen: Frozen  # the trunk's outputs, which the others read
+    key: tuple[int, tuple[str, ...]]
+    frozen: Frozen  # the trunk's outputs
     trunk: Capture
-    selection: Capture
-    experts: Capture
-    zero_shot: Capture
+    others: dict[str, tuple[int, Capture]] = field(default_factory=dict)
+
+    def run(self, name: str, stream: Stream) -> None:
+        """Replay one of the others."""
+        stream.run(self.others[name][1].replay)
 
 
+@dataclass(kw_only=True)
 class _Lane:
     """Buffers of one batch in flight; they are its own until it is settled."""
 
-    def __init__(self, inputs: _Inputs, staged: _Inputs, answers: _Answers, fetched: Event) -> None:
-        self.inputs = inputs  # on the host
-        self.staged = staged  # on the device
-        self.answers = answers  # on the host
-        self.fetched = fetched  # when the answers of the last batch had been copied
-        self._flight: _Replayed | None = None
+    inputs: _Inputs  # on the host
+    staged: _Inputs  # on the device
+    answers: _Answers  # on the host
+    places_R2: Tensor  # on the host: the rows beside the images' own
+    staged_R2: Tensor  # on the device
+    beside_RE: Tensor  # on the host: features of those rows
+    fetched: Event  # when the answers of the last batch had been copied
+    flight: _Replayed | None = None
 
-    def fill(self, inputs: _Inputs) -> None:
-        """Write a batch into the host's buffers; padding is whatever images were there."""
+    def fill(self, inputs: _Inputs, places_R2: Tensor) -> int:
+        """Write a batch into the host's buffers; padding is whatever images were there.
+
+        Returns:
+            how many rows there are beside the images' own.
+        """
         for buffer, given in zip(self.inputs, inputs, strict=True):
             buffer[: len(given)].copy_(given)
+        self.places_R2[: len(places_R2)].copy_(places_R2)
+        return len(places_R2)
 
-    def launched(self, fetched: Event, count: int, tasks: tuple[int, ...]) -> _Replayed:
+    def launched(
+        self, fetched: Event, count: int, tasks: tuple[int, ...], places: list[Place]
+    ) -> _Replayed:
         """Take note of a batch in flight."""
         self.fetched = fetched
-        self._flight = _Replayed(fetched, self.answers, count, tasks)
-        return self._flight
+        self.flight = _Replayed(self, count, tasks, places)
+        return self.flight
 
     def settle(self) -> None:
         """Give the answers of the batch in flight to whoever holds it; the buffers are free."""
-        flight, self._flight = self._flight, None
+        flight, self.flight = self.flight, None
         if flight is not None:
             flight.wait()
 
@@ -243,12 +329,13 @@ class _Replayed:
     """A batch whose answers come into the buffers of a lane."""
 
     def __init__(
-        self, fetched: Event, answers: _Answers, count: int, tasks: tuple[int, ...]
+        self, lane: _Lane, count: int, tasks: tuple[int, ...], places: list[Place]
     ) -> None:
-        self._fetched = fetched
-        self._answers = answers
+        self._lane = lane
+        self._fetched = lane.fetched
         self._count = count
         self._tasks = tasks
+        self._places = places
         self._routed: Routed | None = None
 
     @property
@@ -262,15 +349,18 @@ class _Replayed:
         return self._routed
 
     def _read(self) -> Routed:
-        features_BE, paths_B, scores_BP, accepted_BP = (t[: self._count] for t in self._answers)
+        features_BE, paths_B, scores_BP, accepted_BP, near_BK, similarity_BK = (
+            tensor[: self._count] for tensor in self._lane.answers
+        )
         columns_T = torch.tensor(self._tasks, dtype=torch.int64)
+        beside_RE = self._lane.beside_RE[: len(self._places)].clone()
         return Routed(
             features_BE.clone(),
             paths_B.tolist(),
             list(self._tasks),
             scores_BP.index_select(1, columns_T),
             accepted_BP.index_select(1, columns_T),
-            [()] * self._count,
+            Beside(self._places, near_BK, similarity_BK, beside_RE).others(self._count),
         )
 
 
