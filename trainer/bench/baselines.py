@@ -10,7 +10,7 @@ Legend: N images, C classes, E embedding width, T tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -103,9 +103,7 @@ def _learnt(
     if finished.exists():
         return load_checkpoint(finished)
     make_folder(folder)
-    settings = course.settings.for_method(method)
-    if course.plan.baseline_iterations is not None:
-        settings = replace(settings, iterations=course.plan.baseline_iterations)
+    settings = course.settings_of(method)
     train_part, held_out = course.parts(task)
     with Meter.measured(course.backbone.device) as meter:
         trained = train(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from trainer.frozen import FrozenStore
 from trainer.methods.learner import ParameterCounts
 from trainer.progress import Bars
 from trainer.run import training_parts
-from trainer.settings import TrainSettings
+from trainer.settings import Method, TrainSettings
 from trainer.suites import Suite
 
 __all__ = ["Course", "Meter", "Plan", "empty_classifier", "open_course", "tap_names"]
@@ -77,6 +77,11 @@ class Course:
     def settings(self) -> TrainSettings:
         """Of every task."""
         return self.plan.settings
+
+    def settings_of(self, method: Method) -> TrainSettings:
+        """Of every task, learnt by a method that is compared; its budget may be smaller."""
+        settings, fewer = self.settings.for_method(method), self.plan.baseline_iterations
+        return settings if fewer is None else replace(settings, iterations=fewer)
 
     def classifier(self) -> Classifier:
         """An empty classifier: what the frozen features were computed with."""

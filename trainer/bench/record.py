@@ -22,7 +22,7 @@ from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from medley.errors import DataError
 from trainer.checkpoint import write_whole
 
-__all__ = ["Cost", "Record", "Routing", "Row", "Scores", "load", "save"]
+__all__ = ["Cost", "Matrix", "Record", "Routing", "Row", "Scores", "load", "save"]
 
 FORMAT = "medley-benchmark"
 VERSION = 1
@@ -39,8 +39,8 @@ class _Part:
 class Row(_Part):
     """One method with one router under one protocol; without a sequence, its row is repeated."""
 
-    method: str  # zero-shot, linear-probe, finetune, lora, moe_adapter
-    router: str  # none, told, ddas, paper-1, paper-128, prototype, ...
+    method: str  # zero-shot, linear-probe, finetune, lora, moe_adapter, condu-lora, ...
+    router: str  # none, told, ddas, labels, ddas+aggregate, paper-1, prototype, ...
     protocol: str  # told, agnostic, union
     accuracy_TT: Matrix
 
@@ -70,7 +70,11 @@ class Scores(_Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(_Part):
-    """Of learning one task by one method; `active` is per image, on top of the backbone."""
+    """Of learning one task by one method; `active` is per image, on top of the backbone.
+
+    Bytes are those of files: the task's bundle, and what all tasks of the method share; a method
+    that makes none has 0.
+    """
 
     method: str
     task: str
@@ -80,6 +84,9 @@ class Cost(_Part):
     seconds: float
     cpu_seconds: float
     peak_memory_bytes: int
+    fuse_seconds: float = 0.0  # of making it one with the tasks before it
+    bundle_bytes: int = 0
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def _measured(course: Course, methods: Sequence[str], command: str) -> Record:
     costs: list[Cost] = []
     routings: list[Routing] = []
     scores: list[Scores] = []
-    mixed: dict[str, int] = {}
+    mixed: dict[str, dict[str, int]] = {}
     if "zero-shot" in methods:
         rows += baselines.zero_shot(course)
     if "linear-probe" in methods:
@@ -88,7 +88,8 @@ def _measured(course: Course, methods: Sequence[str], command: str) -> Record:
             rows, costs = [*rows, *more_rows], [*costs, *more_costs]
     if "moe_adapter" in methods:
         learnt = adapters.learn_bundles(course)
-        found, routings, scores, mixed = adapters.measure(course, learnt, rivals(course))
+        found, routings, scores, sent = adapters.measure(course, learnt, rivals(course))
+        mixed["moe_adapter"] = sent
         rows, costs = [*rows, *found], [*costs, *learnt.costs]
     plan = course.plan
     return Record(
@@ -101,7 +102,10 @@ def _measured(course: Course, methods: Sequence[str], command: str) -> Record:
         routings=tuple(routings),
         scores=tuple(scores),
         costs=tuple(costs),
-        settings={**_about(plan), "mixed_batches": {**mixed}},
+        settings={
+            **_about(plan),
+            "mixed_batches": {name: {**sent} for name, sent in mixed.items()},
+        },
         machine=machine(course.backbone.device),
         images={task: (len(course.train[task]), len(course.test[task])) for task in plan.order},
         command=command,

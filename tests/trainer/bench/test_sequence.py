@@ -67,7 +67,9 @@ def test_before_its_turn_a_told_task_gets_what_zero_shot_says(
 def test_shuffled_batches_of_all_data_sets_change_no_feature(
     finished: tuple[Record, Path],
 ) -> None:
-    assert finished[0].settings["mixed_batches"] == {"images": 60, "features_that_differ": 0}
+    assert finished[0].settings["mixed_batches"] == {
+        "moe_adapter": {"images": 60, "features_that_differ": 0}
+    }
 
 
 def test_the_last_row_is_what_medley_evaluate_measures(
