@@ -206,7 +206,7 @@ class Client(_Calls):
     def route(
         self, images: Sequence[bytes], options: ClassifyOptions | None = None
     ) -> RouteResponse:
-        """Which path each image would take, and why; only model and labels count."""
+        """Which path each image would take, and why; top_k, templates, explain do not count."""
         return self.send(exchanges.route(images, options or ClassifyOptions()))
 
     def embed_texts(self, texts: Sequence[str], *, model: str = "base") -> EmbeddingsAnswer:
@@ -394,7 +394,7 @@ class AsyncClient(_Calls):
     async def route(
         self, images: Sequence[bytes], options: ClassifyOptions | None = None
     ) -> RouteResponse:
-        """Which path each image would take, and why; only model and labels count."""
+        """Which path each image would take, and why; top_k, templates, explain do not count."""
         return await self.send(exchanges.route(images, options or ClassifyOptions()))
 
     async def embed_texts(self, texts: Sequence[str], *, model: str = "base") -> EmbeddingsAnswer:

@@ -127,7 +127,8 @@ def classify(images: Sequence[bytes], options: ClassifyOptions) -> Exchange[Clas
 
 def route(images: Sequence[bytes], options: ClassifyOptions) -> Exchange[RouteResponse]:
     """Ask which path each image would take."""
-    return _with_images("/v1/route", images, options, RouteResponse, only={"model", "labels"})
+    which = {"model", "labels", "unclaimed", "neighbours"}
+    return _with_images("/v1/route", images, options, RouteResponse, only=which)
 
 
 def embed_texts(texts: Sequence[str], model: str) -> Exchange[EmbeddingsAnswer]:
@@ -196,7 +197,6 @@ def register_from(
     return Exchange("PUT", path, _model(RegistrationAnswer), options, long=True, outlasts=True)
 
 
-def operation(id: str) -> Exchange[OperationAnswer]:
 def unified() -> Exchange[UnifiedModelsAnswer]:
     """The unified models that versions are loaded from."""
     return Exchange("GET", "/v1/unified", _model(UnifiedModelsAnswer))
@@ -216,6 +216,7 @@ def upload_unified(digest: str, path: Path, *, on_progress: OnProgress) -> Excha
     )
 
 
+def operation(id: str) -> Exchange[OperationAnswer]:
     """What became of work that outlasted its request."""
     return Exchange("GET", f"/v1/operations/{quote(id, safe='')}", _model(OperationAnswer))
 
@@ -306,7 +307,6 @@ def _wanted(replicas: str | None) -> dict[str, str]:
     return {} if replicas is None else {"replicas": replicas}
 
 
-def _task(name: str, *parts: str) -> str:
 def _bytes(upload: Upload) -> dict[str, str]:
     """The headers of a file's bytes."""
     return {
@@ -315,6 +315,7 @@ def _bytes(upload: Upload) -> dict[str, str]:
     }
 
 
+def _task(name: str, *parts: str) -> str:
     return "/".join(["/v1/tasks", *(quote(part, safe="") for part in (name, *parts))])
 
 

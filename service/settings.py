@@ -21,10 +21,12 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from medley.aggregation import Weighting
 from medley.classifier import check_buckets
 from medley.precision import Precision
 from service.bundles.sources import check_prefix
 from service.signals.logs import LogFormat, LogLevel
+from service.wire.schemas import MAX_NEIGHBOURS, Unclaimed
 
 __all__ = ["Settings", "is_loopback"]
 
@@ -138,8 +140,6 @@ class Settings(BaseSettings):
     slots: int = Field(default=128, ge=1, description="Expert slots per block and tower")
     max_experts: int = Field(default=32, ge=1, description="Experts of one task in one block")
     max_bottleneck: int = Field(default=64, ge=1, description="Widest expert bottleneck")
-    host_bytes: int = Field(
-        default=1024 * MIB, ge=0, description="Memory for versions that are ready to be loaded"
     low_rank_slots: int = Field(
         default=16, ge=0, description="Versions with low-rank updates that may be on the device"
     )
@@ -147,6 +147,8 @@ class Settings(BaseSettings):
     models: int = Field(
         default=2, ge=0, description="Versions with weights of their own that may be on the device"
     )
+    host_bytes: int = Field(
+        default=1024 * MIB, ge=0, description="Memory for versions that are ready to be loaded"
     )
     unload_s: float = Field(
         default=30.0, gt=0, description="Longest wait for requests to let a version leave"
@@ -217,11 +219,11 @@ class Settings(BaseSettings):
     max_bundle_bytes: int = Field(
         default=512 * MIB, ge=1, description="Largest bundle that is taken in"
     )
-    upload_timeout_s: float = Field(
-        default=600.0, gt=0, description="Longest time for a bundle to arrive or to be fetched"
     max_unified_bytes: int = Field(
         default=2048 * MIB, ge=1, description="Largest unified model that is taken in"
     )
+    upload_timeout_s: float = Field(
+        default=600.0, gt=0, description="Longest time for a bundle to arrive or to be fetched"
     )
     bundle_sources: Prefixes = Field(
         default=(), description="URLs or folders under which bundles may be fetched; none: off"
@@ -231,6 +233,18 @@ class Settings(BaseSettings):
     )
     label_cache_bytes: int = Field(
         default=64 * MIB, ge=1, description="Most bytes of those text features"
+    )
+    unclaimed: Unclaimed = Field(
+        default="zero_shot", description="Who answers what no task claims: zero_shot or aggregate"
+    )
+    neighbours: int = Field(
+        default=4, ge=1, le=MAX_NEIGHBOURS, description="Tasks that answer beside zero-shot then"
+    )
+    aggregate_weights: Weighting = Field(
+        default="uniform", description="How much each of them counts: uniform or similarity"
+    )
+    union_cache_bytes: int = Field(
+        default=256 * MIB, ge=1, description="Most bytes of all classes as each task encodes them"
     )
     image_urls: bool = Field(
         default=False, description="Whether images may be given as http(s) URLs"

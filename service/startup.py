@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 import torch
+from torch import Tensor
 
 from medley.backbone import Backbone, find_device, load_backbone
 from medley.classifier import Classifier
@@ -20,7 +21,9 @@ from service.answers.classification import Classification
 from service.answers.engine import Engine
 from service.answers.inference import Inference
 from service.answers.labels import LabelCache
+from service.answers.planning import Policy
 from service.answers.rollouts import Rollouts
+from service.answers.unions import Unions
 from service.bundles.collector import Collector
 from service.bundles.sources import Sources
 from service.bundles.store import BundleStore
@@ -49,10 +52,10 @@ from service.versions.loading import Loader
 from service.versions.overlap import Overlap
 from service.versions.residency import Residency
 from service.versions.tasks import Tasks
+from service.versions.unified import UnifiedModels
 
 __all__ = ["OnStep", "Startup"]
 
-from service.versions.unified import UnifiedModels
 OnStep = Callable[[str], None]
 
 
@@ -116,7 +119,8 @@ class Startup:
             rollouts=rollouts,
             signals=signals,
         )
-        labels = self._make_labels(classifier.model, engine)
+        labels, unions = self._make_labels(classifier.model, engine)
+        policy = self._make_policy()
         follower.start()
         self._look_after_store(shared, registry, store, board)
         return Service(
@@ -124,18 +128,21 @@ class Startup:
             backbone=backbone,
             engine=engine,
             tasks=tasks,
+            unified=unified,
             residency=residency,
             follower=follower,
             board=board,
             heartbeat=heartbeat,
-            unified=unified,
             quorum=Quorum(board, me=heartbeat.replica),
             told=self._make_told(tasks, board, heartbeat),
             labels=labels,
+            policy=policy,
             bodies=self._make_bodies(held_bytes),
             inference=inference,
             rollouts=rollouts,
-            classification=Classification(inference, labels, logit_scale=backbone.logit_scale),
+            classification=Classification(
+                inference, labels, unions, policy=policy, logit_scale=backbone.logit_scale
+            ),
             signals=signals,
             reservoir=reservoir,
             metrics=self._metrics,
@@ -280,13 +287,6 @@ class Startup:
         self._stack.callback(engine.stop)
         return engine
 
-    def _make_residency(
-        self, store: BundleStore, unified: UnifiedModels, engine: Engine, classifier: Classifier
-    ) -> Residency:
-        settings, metrics = self._settings, self._metrics
-        return Residency(
-            store=store,
-            loader=Loader(engine, classifier, metrics, max_bundle_bytes=settings.max_bundle_bytes),
     def _make_unified(self, store: BundleStore, backbone: Backbone) -> UnifiedModels:
         return UnifiedModels(
             store,
@@ -295,13 +295,20 @@ class Startup:
             metrics=self._metrics,
         )
 
+    def _make_residency(
+        self, store: BundleStore, unified: UnifiedModels, engine: Engine, classifier: Classifier
+    ) -> Residency:
+        settings, metrics = self._settings, self._metrics
+        return Residency(
+            store=store,
+            unified=unified,
+            loader=Loader(engine, classifier, metrics, max_bundle_bytes=settings.max_bundle_bytes),
             metrics=metrics,
             max_host_bytes=settings.host_bytes,
             unload_s=settings.unload_s,
         )
 
     async def _open_reservoir(self) -> Reservoir:
-            unified=unified,
         reservoir = await asyncio.to_thread(
             Reservoir,
             self._settings.store / "unclaimed",
@@ -383,13 +390,21 @@ class Startup:
             held_bytes, max_bytes=settings.max_request_bytes, timeout_s=settings.body_timeout_s
         )
 
-    def _make_labels(self, model: RoutedModel, engine: Engine) -> LabelCache:
-        return LabelCache(
-            lambda names, templates, path: class_text_features(model, names, templates, path),
-            engine,
-            max_sets=self._settings.label_cache,
-            max_bytes=self._settings.label_cache_bytes,
-        )
+    def _make_labels(self, model: RoutedModel, engine: Engine) -> tuple[LabelCache, Unions]:
+        settings = self._settings
+
+        def encode(names: tuple[str, ...], templates: tuple[str, ...], path: int) -> Tensor:
+            return class_text_features(model, names, templates, path)
+
+        def cache(max_sets: int, max_bytes: int) -> LabelCache:
+            return LabelCache(encode, engine, max_sets=max_sets, max_bytes=max_bytes)
+
+        parts = cache(settings.paths**2, settings.union_cache_bytes)
+        return cache(settings.label_cache, settings.label_cache_bytes), Unions(parts)
+
+    def _make_policy(self) -> Policy:
+        settings = self._settings
+        return Policy(settings.unclaimed, settings.neighbours, settings.aggregate_weights)
 
 
 def _load_backbone(settings: Settings) -> Backbone:
@@ -414,6 +429,9 @@ def _make_classifier(
         experts=settings.max_experts,
         bottleneck=settings.max_bottleneck,
         max_top_k=settings.max_top_k,
+        low_rank_slots=settings.low_rank_slots,
+        low_rank=settings.max_rank,
+        models=settings.models,
     )
     model = RoutedModel(
         backbone,
@@ -425,6 +443,3 @@ def _make_classifier(
     if backbone.device.type == "cuda":
         return ReplayedClassifier(model, buckets=settings.buckets)
     return Classifier(model, buckets=settings.buckets)
-        low_rank_slots=settings.low_rank_slots,
-        low_rank=settings.max_rank,
-        models=settings.models,

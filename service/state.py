@@ -12,6 +12,7 @@ from service.answers.classification import Classification
 from service.answers.engine import Engine
 from service.answers.inference import Inference
 from service.answers.labels import LabelCache
+from service.answers.planning import Policy
 from service.answers.rollouts import Rollouts
 from service.errors import UnavailableError
 from service.intake.bodies import Bodies
@@ -26,8 +27,8 @@ from service.signals.reservoir import Reservoir
 from service.signals.signals import Signals
 from service.versions.residency import Residency
 from service.versions.tasks import Tasks
-
 from service.versions.unified import UnifiedModels
+
 __all__ = ["CurrentService", "Service", "service_of"]
 
 
@@ -39,14 +40,15 @@ class Service:
     backbone: Backbone
     engine: Engine
     tasks: Tasks
-    residency: Residency
     unified: UnifiedModels
+    residency: Residency
     follower: Follower
     board: Board
     heartbeat: Heartbeat
     quorum: Quorum
     told: ToldOperations
     labels: LabelCache
+    policy: Policy
     bodies: Bodies
     inference: Inference
     rollouts: Rollouts

@@ -359,20 +359,30 @@ ROUTING = Board(
             },
             "Rollouts: whether the candidate's label was the live version's; who was taken out.",
             unit="images/s",
-            width=8,
+            width=6,
         ),
         panel(
             "Candidates, who accepted",
             {"{{task}} {{accepted}}": rate("medley_rollout_acceptance_total", by="task, accepted")},
             "Whose selector accepted the images of a rollout.",
             unit="images/s",
-            width=8,
+            width=6,
         ),
         panel(
             "Sample of unclaimed images",
             {"{{instance}}": "medley_unclaimed_images{ME}"},
             "Kept where MEDLEY_RESERVOIR says so.",
-            width=8,
+            width=6,
+        ),
+        panel(
+            "Aggregated",
+            {
+                "images of {{instance}}": rate("medley_aggregated_images_total", by="instance"),
+                "rows of {{instance}}": rate("medley_neighbour_rows_total", by="instance"),
+            },
+            "Unclaimed images that neighbours answered too, and the rows that these took.",
+            unit="1/s",
+            width=6,
         ),
     ),
 )

@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from medley.classifier import Ask, Launched, Routed
+from medley.classifier import Ask, Launched, Other, Routed
 from medley.errors import MedleyError
 from medley.routed import ZERO_SHOT
 from service.answers.queue import FairQueue
@@ -68,6 +68,8 @@ class Answer:
     queue_s: float
     forward_s: float  # from its launch until its answers were there
     batch_images: int  # how many went together
+    batch_rows: int  # the same, and the rows of their neighbours
+    others: tuple[Other, ...] = ()  # neighbours that answer too, the nearest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,7 +407,9 @@ class Engine:
 
     def _observe(self, flight: _Flight, routed: Routed, forward_s: float) -> None:
         self._metrics.batch_images.observe(len(flight.items))
-        self._metrics.batch_distinct_tasks.observe(len(set(routed.paths)))
+        beside = [other.path for others in routed.others for other in others]
+        self._metrics.batch_distinct_tasks.observe(len({*routed.paths, *beside}))
+        self._metrics.neighbour_rows.inc(len(beside))
         self._metrics.stage_duration_s.labels("forward").observe(forward_s)
         for item in flight.items:
             self._metrics.stage_duration_s.labels("queue").observe(
@@ -462,4 +466,6 @@ def _answer_of(routed: Routed, row: int, queue_s: float, forward_s: float) -> An
         queue_s=queue_s,
         forward_s=forward_s,
         batch_images=len(routed.paths),
+        batch_rows=len(routed.paths) + sum(map(len, routed.others)),
+        others=routed.others[row],
     )

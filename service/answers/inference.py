@@ -88,7 +88,12 @@ class Inference:
 
     @asynccontextmanager
     async def planned(
-        self, model: str, call: Call, *, labels: tuple[str, ...] | None = None
+        self,
+        model: str,
+        call: Call,
+        *,
+        labels: tuple[str, ...] | None = None,
+        nearest: int = 0,
     ) -> AsyncIterator[Plan]:
         """Decide what to ask, and keep what is asked loaded until the `with` block ends.
 
@@ -104,7 +109,7 @@ class Inference:
                 lease = self._residency.lease(key, holder=call.request_id)
                 snapshot = await stack.enter_async_context(lease)
             noted().generation = snapshot.desired.generation
-            yield make_plan(snapshot, model, labels)
+            yield make_plan(snapshot, model, labels, nearest=nearest)
 
     async def run(
         self, images: Sequence[ImageSource], plan: Plan, call: Call, head: Head[T]

@@ -93,11 +93,17 @@ def answered(asked: Asked, response: ClassifyResponse) -> Body:
         model_name=asked.model,
         model_version=_version(asked, found),
         id=asked.request.id,
-        parameters={"generation": response.generation},
+        parameters=_parameters(response, found),
         outputs=tensors,
     )
     text = answer.model_dump_json(exclude_none=True).encode()
     return Body(text + binary, len(text) if binary else None)
+
+
+def _parameters(response: ClassifyResponse, found: Sequence[Prediction]) -> dict[str, str | int]:
+    """What the outputs do not say: of how many values several paths are the authors."""
+    aggregated = sum(one.path.kind == "aggregate" for one in found)
+    return {"generation": response.generation} | ({"aggregated": aggregated} if aggregated else {})
 
 
 def _images(tensor: InferInput, behind: bytes) -> list[ImageSource]:
@@ -121,9 +127,8 @@ def _images(tensor: InferInput, behind: bytes) -> list[ImageSource]:
 
 def _options(selector: str, parameters: InferParameters) -> ClassifyOptions:
     try:
-        return ClassifyOptions(
-            model=selector, labels=parameters.labels, templates=parameters.templates, top_k=1
-        )
+        own = parameters.model_dump(exclude={"binary_data_output"})
+        return ClassifyOptions(model=selector, top_k=1, **own)
     except ValidationError as error:
         raise field_errors(error.errors()) from None
 

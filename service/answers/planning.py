@@ -9,14 +9,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from medley.aggregation import Weighting
 from medley.classifier import Ask
 from medley.routed import ZERO_SHOT
 from service.registry.desired import LIVE
 from service.versions.live import Snapshot
+from service.wire.schemas import ClassifyOptions, Unclaimed
 
-__all__ = ["Plan", "RoutedBy", "make_plan"]
+__all__ = ["Plan", "Policy", "RoutedBy", "make_plan"]
 
 RoutedBy = Literal["auto", "labels", "explicit"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who answers for images that no task claims, as far as their request does not say."""
+
+    unclaimed: Unclaimed
+    neighbours: int
+    weights: Weighting
+
+    def nearest(self, options: ClassifyOptions) -> int:
+        """How many tasks are to answer beside zero-shot then; 0 leaves it alone."""
+        if (options.unclaimed or self.unclaimed) == "zero_shot":
+            return 0
+        return options.neighbours or self.neighbours
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,17 @@ class Plan:
     follows_live: bool = True  # whether a rollout may try its candidate on these images
 
 
-def make_plan(snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = None) -> Plan:
+def make_plan(
+    snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = None, *, nearest: int = 0
+) -> Plan:
     """Decide what to ask.
 
     Args:
         snapshot: what is served.
         model: `auto`, `base`, a task, `task@version` or `task@alias`.
         labels: those that the request chooses among, if it brings any.
+        nearest: how many live tasks are to answer beside zero-shot where DDAS chooses none. They
+            may be any: not knowing the labels is no reason against a neighbour.
 
     Raises:
         NotFoundError, UnavailableError: the model cannot be had.
@@ -45,7 +66,8 @@ def make_plan(snapshot: Snapshot, model: str, labels: tuple[str, ...] | None = N
         named = _named_by(snapshot, labels)
         if named is not None:
             return Plan(snapshot, Ask(path=named), "labels", model)
-        return Plan(snapshot, Ask(eligible=_eligible(snapshot, labels)), "auto", model)
+        ask = Ask(eligible=_eligible(snapshot, labels), nearest=nearest, among=snapshot.eligible)
+        return Plan(snapshot, ask, "auto", model)
     if model == "base":
         return Plan(snapshot, Ask(path=ZERO_SHOT), "explicit", model, follows_live=False)
     task, at, name = model.partition("@")

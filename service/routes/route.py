@@ -1,15 +1,21 @@
-"""`POST /v1/route`: which task would answer, and why; no labels, and no expert computes."""
+"""`POST /v1/route`: which task would answer, and why; no labels.
+
+No expert computes, but for those of neighbours where they would answer what no task claims.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
 from medley.errors import ImageError
 from medley.routed import ZERO_SHOT
-from service.answers.classification import failure_of, path_of, scores_of
+from service.answers.classification import failure_of, scores_of
 from service.answers.engine import Answer
 from service.answers.inference import Inference
-from service.answers.planning import Plan, make_plan
+from service.answers.members import members_of, path_of, taken_by
+from service.answers.planning import Plan, Policy, make_plan
 from service.intake.call import Call, call_of, until_gone
 from service.intake.forms import Intake, read_classification
 from service.state import CurrentService
@@ -27,7 +33,7 @@ async def route(request: Request, service: CurrentService) -> Response:
     call = call_of(request, service.settings)
     with service.bodies.open(request, call) as bounded:
         intake = await read_classification(bounded, service.settings)
-        work = _decided(service.inference, intake, call)
+        work = _decided(service.inference, service.policy, intake, call)
         answer, stages_s = await until_gone(request, work)
     headers = {
         "Server-Timing": call.server_timing(stages_s),
@@ -38,16 +44,17 @@ async def route(request: Request, service: CurrentService) -> Response:
 
 
 async def _decided(
-    inference: Inference, intake: Intake, call: Call
+    inference: Inference, policy: Policy, intake: Intake, call: Call
 ) -> tuple[RouteResponse, dict[str, float]]:
     options = intake.options
     labels = tuple(options.labels) if options.labels is not None else None
-    async with inference.planned(options.model, call, labels=labels) as plan:
+    nearest = policy.nearest(options)
+    async with inference.planned(options.model, call, labels=labels, nearest=nearest) as plan:
 
         async def decision(answer: Answer) -> Decision:
-            return _decision(answer, plan)
+            return _decision(answer, plan, policy)
 
-        look = make_plan(plan.snapshot, "base")  # all scores are there, whatever path is taken
+        look = _look(plan)
         outcome = await inference.run(intake.images, look, call, decision)
     outcome.raise_alone()
     results = [failure_of(r) if isinstance(r, ImageError) else r for r in outcome.results]
@@ -55,10 +62,21 @@ async def _decided(
     return RouteResponse(generation=generation, results=results), outcome.stages_s
 
 
-def _decision(answer: Answer, plan: Plan) -> Decision:
+def _look(plan: Plan) -> Plan:
+    """All scores are there, whatever path is taken; neighbours are, if none is to be taken."""
+    look = make_plan(plan.snapshot, "base")
+    if not plan.ask.nearest:
+        return look
+    return replace(look, ask=replace(plan.ask, eligible=frozenset()))
+
+
+def _decision(answer: Answer, plan: Plan, policy: Policy) -> Decision:
     resident = plan.snapshot.by_path.get(_path(answer, plan))
+    unclaimed = path_of(members_of(answer, plan.snapshot, policy.weights))
     return Decision(
-        path=path_of(resident), routed_by=plan.routed_by, scores=_route_scores(answer, plan)
+        path=taken_by(resident) if resident else unclaimed,
+        routed_by=plan.routed_by,
+        scores=_route_scores(answer, plan),
     )
 
 

@@ -83,6 +83,11 @@ class Metrics:
             ["decision"],
             registry=registry,
         )
+        self.aggregated_images = Counter(
+            "medley_aggregated_images",
+            "Images that no task claims and that neighbours answered too",
+            registry=registry,
+        )
         self.router_margin = Histogram(
             "medley_router_margin",
             "Threshold minus score of the task that knew an auto image best; accepted from 0 up",
@@ -160,6 +165,11 @@ class Metrics:
             "medley_batch_distinct_tasks",
             "Paths that one batch took, zero-shot counted as one",
             buckets=_COUNTS,
+            registry=registry,
+        )
+        self.neighbour_rows = Counter(
+            "medley_neighbour_rows",
+            "Rows of batches for neighbours of images that no task claims",
             registry=registry,
         )
         self.batch_failures = Counter(

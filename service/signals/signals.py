@@ -33,11 +33,11 @@ class Used:
     """What one task has used since this server started."""
 
     images: int = 0
-    forward_s: float = 0.0  # each image its part of its batch
+    forward_s: float = 0.0  # each row its part of its batch
 
-    def add(self, forward_s: float) -> None:
-        """Add one image."""
-        self.images += 1
+    def add(self, forward_s: float, *, images: int = 1) -> None:
+        """Add one image, or none where it only helped to answer one."""
+        self.images += images
         self.forward_s += forward_s
 
 
@@ -57,12 +57,10 @@ class Signals:
         """Count an image that has been answered; maybe keep it, if no task claims it."""
         resident = plan.snapshot.by_path.get(answer.path)
         task = resident.record.task if resident else None
-        forward_s = answer.forward_s / answer.batch_images
         self._metrics.count_image(task, plan.routed_by)
-        self._metrics.task_forward_s.labels(self._metrics.task_label(task)).inc(forward_s)
-        self.total.add(forward_s)
-        if task is not None and self._exists(task):
-            self._used.setdefault(task, Used()).add(forward_s)
+        self._spent(task, answer)
+        for other in answer.others:
+            self._spent(plan.snapshot.by_path[other.path].record.task, answer, images=0)
         noted().answered[task or ZERO_SHOT_LABEL] += 1
         if plan.routed_by == "auto":
             self._decided(answer, plan, resident, image)
@@ -114,12 +112,22 @@ class Signals:
         """What a task has used."""
         return self._used.get(task) or Used()
 
+    def _spent(self, task: str | None, answer: Answer, *, images: int = 1) -> None:
+        """Count the time of one row: the image's own, or that of a neighbour."""
+        row_s = answer.forward_s / answer.batch_rows
+        self._metrics.task_forward_s.labels(self._metrics.task_label(task)).inc(row_s)
+        self.total.add(row_s, images=images)
+        if task is not None and self._exists(task):
+            self._used.setdefault(task, Used()).add(row_s, images=images)
+
     def _decided(
         self, answer: Answer, plan: Plan, resident: Resident | None, image: ImageSource
     ) -> None:
         nearest = resident or _nearest(answer, plan)
         decision = "task" if resident else "unclaimed" if plan.ask.eligible else "no_task"
         self._metrics.router_decisions.labels(decision).inc()
+        if answer.others:
+            self._metrics.aggregated_images.inc()
         if decision == "unclaimed":
             self._reservoir.offer(image)
         if nearest is not None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "MAX_NEIGHBOURS",
     "Choice",
     "ClassifyOptions",
     "ClassifyRequest",
@@ -14,11 +15,15 @@ __all__ = [
     "Failure",
     "ImageInput",
     "Path",
+    "PathMember",
     "Prediction",
     "Problem",
     "TaskScore",
+    "Unclaimed",
 ]
 
+Unclaimed = Literal["zero_shot", "aggregate"]
+MAX_NEIGHBOURS = 16
 Label = Annotated[str, Field(min_length=1, max_length=200)]
 Template = Annotated[str, Field(max_length=300)]
 
@@ -42,6 +47,15 @@ class ClassifyOptions(BaseModel):
     )
     top_k: int = Field(default=5, ge=1, le=1000, description="How many labels to name")
     explain: bool = Field(default=False, description="Add every live task's score and threshold")
+    unclaimed: Unclaimed | None = Field(
+        default=None, description="Who answers what no task claims; else as the server is set"
+    )
+    neighbours: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_NEIGHBOURS,
+        description="How many tasks answer beside zero-shot then; fewer if there are fewer",
+    )
 
     @field_validator("labels")
     @classmethod
@@ -62,6 +76,12 @@ class ClassifyOptions(BaseModel):
                 raise ValueError("templates need labels")
             if not self.templates or any(t.count("{}") != 1 for t in self.templates):
                 raise ValueError('every template needs one "{}"')
+        return self
+
+    @model_validator(mode="after")
+    def _neighbours_fit(self) -> ClassifyOptions:
+        if self.neighbours is not None and self.unclaimed == "zero_shot":
+            raise ValueError("zero_shot has no neighbours")
         return self
 
 
@@ -105,13 +125,29 @@ class Choice(BaseModel):
     probability: float
 
 
-class Path(BaseModel):
-    """How an image was computed."""
+class PathMember(BaseModel):
+    """One of those who answer together for an image."""
 
     kind: Literal["task", "zero_shot"]
     task: str | None = None
     version: str | None = None
     digest: str | None = None
+    similarity: float | None = Field(
+        default=None, description="Cosine with the nearest prototype; zero-shot has none"
+    )
+    weight: float = Field(description="Share of its logits in the mean; all add up to 1")
+
+
+class Path(BaseModel):
+    """How an image was computed."""
+
+    kind: Literal["task", "zero_shot", "aggregate"]
+    task: str | None = None
+    version: str | None = None
+    digest: str | None = None
+    members: list[PathMember] | None = Field(
+        default=None, description="Of an aggregate: zero-shot, then the nearest tasks"
+    )
 
 
 class TaskScore(BaseModel):

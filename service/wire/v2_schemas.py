@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Json
 
-from service.wire.schemas import Problem
+from service.wire.schemas import MAX_NEIGHBOURS, Problem, Unclaimed
 
 __all__ = [
     "INPUTS",
@@ -102,6 +102,8 @@ class InferParameters(_Asked):
 
     labels: list[str] | Json[list[str]] | None = None
     templates: list[str] | Json[list[str]] | None = None
+    unclaimed: Unclaimed | None = None
+    neighbours: int | None = Field(default=None, ge=1, le=MAX_NEIGHBOURS)
     binary_data_output: bool = False
 
 

@@ -163,4 +163,4 @@ class _Batch:
         count = len(self.values)
         none_BT = torch.zeros(count, 0)
         features_BE = torch.tensor(self.values, dtype=torch.float32)[:, None]
-        return Routed(features_BE, [-1] * count, [], none_BT, none_BT.bool())
+        return Routed(features_BE, [-1] * count, [], none_BT, none_BT.bool(), [()] * count)

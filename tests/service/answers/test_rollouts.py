@@ -204,7 +204,7 @@ class FailingCandidate:
                 future.set_exception(EngineError("the batch failed"))
             else:
                 features_E = torch.full((2,), value)
-                future.set_result(Answer(ask.path or 0, features_E, {}, {}, 0.0, 0.0, 1))
+                future.set_result(Answer(ask.path or 0, features_E, {}, {}, 0.0, 0.0, 1, 1))
         return futures
 
 

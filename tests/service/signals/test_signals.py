@@ -268,6 +268,7 @@ def answer(*, path: int = -1) -> Answer:
         queue_s=0.0,
         forward_s=0.1,
         batch_images=1,
+        batch_rows=1,
     )
 
 
