@@ -24,7 +24,7 @@ from tests.fakes import random_selector
 from tests.models import random_experts, tiny_backbone
 from tests.streams import LateStreams
 
-__all__ = ["BUCKETS", "SMALL", "Operations", "Pair", "assert_same", "mixed", "tiny_on"]
+__all__ = ["BUCKETS", "SMALL", "Operations", "Pair", "assert_same", "mixed", "tiny_on", "unclaimed"]
 
 SMALL = Capacity(paths=5, slots=12, experts=4, bottleneck=8)
 BUCKETS = (1, 4, 8)
@@ -110,13 +110,16 @@ class Pair:
         path = self.model.load(task)
         chance, width = torch.Generator().manual_seed(seed), self.model.backbone.image.width
         stem = random_selector({"stem:mean_std": 2 * width}, random=chance)
+        prototypes_CE = torch.randn(3, self.model.backbone.embed_dim, generator=chance)
         for classifier in (self.eager, self.replayed):
             classifier.selectors.add(path, selector or replace(stem, threshold=0.0))
+            classifier.neighbours.add(path, prototypes_CE)
         return path
 
     def unload(self, path: int) -> None:
         for classifier in (self.eager, self.replayed):
             classifier.selectors.remove(path)
+            classifier.neighbours.remove(path)
         self.model.unload(path)
 
     def pixels(self, count: int, *, seed: int = 0) -> Tensor:
@@ -156,6 +159,11 @@ def assert_same(ours: Routed, theirs: Routed, *, rounding: float = 0.0) -> None:
     near = torch.testing.assert_close
     near(ours.features_BE, theirs.features_BE, rtol=0, atol=rounding)
     near(ours.scores_BT, theirs.scores_BT, rtol=rounding, atol=10 * rounding)
+    for one, other in zip(ours.others, theirs.others, strict=True):
+        assert [near_by.path for near_by in one] == [near_by.path for near_by in other]
+        for a, b in zip(one, other, strict=True):
+            near(a.features_E, b.features_E, rtol=0, atol=rounding)
+            assert abs(a.similarity - b.similarity) <= rounding
 
 
 def mixed(*paths: int) -> list[Ask]:
@@ -166,6 +174,23 @@ def mixed(*paths: int) -> list[Ask]:
         *map(Ask, paths),
         Ask(eligible=eligible),
         Ask(eligible=frozenset()),
+    ]
+
+
+def unclaimed(*paths: int) -> list[Ask]:
+    """Asks for neighbours, of images that nobody may have, or somebody may; and some that do not.
+
+    Two of them may have more neighbours than there are.
+    """
+    nobody: frozenset[int] = frozenset()
+    return [
+        Ask(eligible=nobody, nearest=2),
+        Ask(nearest=16),
+        *(Ask(path, nearest=2) for path in paths),
+        Ask(eligible=nobody, nearest=3, among=frozenset(paths[:1])),
+        Ask(ZERO_SHOT, nearest=2),
+        Ask(eligible=nobody, nearest=1),
+        Ask(eligible=nobody),
     ]
 
 
