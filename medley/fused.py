@@ -25,11 +25,21 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medley.low_rank import Layer, LowRankRows
 from medley.mini import Stem
 from medley.pool import ExpertPool
-from medley.tower import Block, ImageTower, OpenClipBlock, image_tower
+from medley.precision import Precision, dtype_of
+from medley.tower import Beside, Block, ImageTower, OpenClipBlock, image_tower
 
-__all__ = ["FusedBlock", "ImagePass", "Mixing", "Step", "exact_pass", "fast_pass"]
+__all__ = [
+    "FusedBlock",
+    "ImagePass",
+    "Mixing",
+    "Step",
+    "exact_pass",
+    "fast_pass",
+    "image_pass",
+]
 
 QUICK = 1.702  # QuickGELU is x * sigmoid(1.702 x)
 # Above it, torch's fused attention in bfloat16 on a CPU takes twice the time of plain products
@@ -39,28 +49,42 @@ LONG = 128  # tokens
 
 @dataclass(frozen=True)
 class Mixing:
-    """The experts of one block, for the paths of one batch."""
+    """What the paths of one batch add to one block; None where no row can have any of a kind."""
 
-    pool: ExpertPool
     block: int
     paths_B: Tensor
+    experts: ExpertPool | None
+    low_rank: LowRankRows | None
 
-    def beside(self, x_BLD: Tensor) -> Tensor:
-        """Return what the experts add to the block's output, (B, L, D)."""
-        return self.pool.mixing(self.block, x_BLD, self.paths_B)
+    def to(self, out_BLD: Tensor, x_BLD: Tensor) -> Tensor:
+        """Return a block's output with what the experts make of x added, (B, L, D)."""
+        if self.experts is None:
+            return out_BLD
+        return out_BLD + self.experts.mixing(self.block, x_BLD, self.paths_B)
 
     def around(
         self, x_BLD: Tensor, out_bias_D: Tensor, norm: tuple[Tensor, Tensor], eps: float
     ) -> tuple[Tensor, Tensor]:
         """Return x with the experts and a bias added, and the LayerNorm of x; both (B, L, D)."""
-        return self.pool.mixing_norm(self.block, x_BLD, self.paths_B, out_bias_D, *norm, eps=eps)
+        assert self.experts is not None
+        pool, block = self.experts, self.block
+        return pool.mixing_norm(block, x_BLD, self.paths_B, out_bias_D, *norm, eps=eps)
+
+    @property
+    def beside(self) -> Beside | None:
+        """What adds low-rank updates inside the MLP."""
+        return None if self.low_rank is None else self.low_rank.beside(self.block)
 
 
 class Step(Protocol):
-    """One block as the tower runs it, alone or with experts."""
+    """One block as the tower runs it, alone or with what paths add."""
+
+    @property
+    def layers(self) -> tuple[Layer, Layer] | None:
+        """The layers of its MLP that take low-rank updates, if they do."""
 
     def __call__(self, x_BLD: Tensor, mixing: Mixing | None) -> Tensor:
-        """Return the residual stream after the block; without mixing no expert operation runs."""
+        """Return the residual stream after the block; without mixing nothing is added."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +93,21 @@ class LibraryStep:
 
     block: Block
 
+    @property
+    def layers(self) -> tuple[Layer, Layer] | None:
+        """See `Step`."""
+        linears = self.block.linears
+        if linears is None:
+            return None
+        fc, proj = linears
+        return Layer(fc.in_features, fc.out_features), Layer(proj.in_features, proj.out_features)
+
     def __call__(self, x_BLD: Tensor, mixing: Mixing | None) -> Tensor:
         """See `Step`."""
         x_BLD = self.block.attend(x_BLD, None)
-        out_BLD = x_BLD + self.block.mlp(x_BLD)
-        return out_BLD if mixing is None else out_BLD + mixing.beside(x_BLD)
+        if mixing is None:
+            return x_BLD + self.block.mlp(x_BLD)
+        return mixing.to(x_BLD + self.block.mlp(x_BLD, mixing.beside), x_BLD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +123,7 @@ class FusedBlock:
     norm_2: tuple[Tensor, Tensor]
     eps: tuple[float, float]
     act: Callable[[Tensor], Tensor]
+    layers: tuple[Layer, Layer]  # see `Step`
     token_0: bool = False  # compute and return token 0 only
 
     @staticmethod
@@ -100,6 +135,8 @@ class FusedBlock:
         query_scale = attn.in_proj_weight.new_ones(3, attn.embed_dim)
         query_scale[0] = attn.head_dim**-0.5
         act, inner = _activation(block.mlp.gelu)
+        gamma = _gamma(block.ls_2)
+        outer = gamma / inner if isinstance(gamma, float) else gamma.detach().cpu() / inner
 
         def scaled(weight: Tensor, bias: Tensor, rows: Tensor | float) -> tuple[Tensor, Tensor]:
             rows = torch.as_tensor(rows, device=weight.device)
@@ -114,26 +151,32 @@ class FusedBlock:
             qkv=scaled(attn.in_proj_weight, attn.in_proj_bias, query_scale.flatten()),
             out=scaled(attn.out_proj.weight, attn.out_proj.bias, _gamma(block.ls_1)),
             fc=scaled(fc.weight, fc.bias, inner),
-            proj=scaled(proj.weight / inner, proj.bias, _gamma(block.ls_2)),
+            proj=scaled(proj.weight / inner, proj.bias, gamma),
             norm_1=norm(block.ln_1),
             norm_2=norm(block.ln_2),
             eps=(block.ln_1.eps, block.ln_2.eps),
             act=act,
+            layers=(
+                Layer(fc.in_features, fc.out_features, inner),
+                Layer(proj.in_features, proj.out_features, outer),
+            ),
         )
 
     def __call__(self, x_BLD: Tensor, mixing: Mixing | None) -> Tensor:
         """See `Step`."""
         x_BLD = self._attend_0(x_BLD) if self.token_0 else self._attend(x_BLD)
-        width, bias_D = x_BLD.shape[-1], self.proj[1]
-        if mixing is None:
+        width, bias_D, eps = x_BLD.shape[-1], self.proj[1], self.eps[1]
+        if mixing is None or mixing.experts is None:
             r_BLD = x_BLD + bias_D
-            z_BLD = F.layer_norm(x_BLD, (width,), *self.norm_2, self.eps[1])
+            z_BLD = F.layer_norm(x_BLD, (width,), *self.norm_2, eps)
         else:
-            r_BLD, z_BLD = mixing.around(x_BLD, bias_D, self.norm_2, self.eps[1])
-        hidden_BLM = self.act(F.linear(z_BLD, *self.fc))
+            r_BLD, z_BLD = mixing.around(x_BLD, bias_D, self.norm_2, eps)
+        beside = None if mixing is None else mixing.beside
+        hidden_BLM = F.linear(z_BLD, *self.fc)
+        hidden_BLM = self.act(hidden_BLM if beside is None else beside(0, z_BLD, hidden_BLM))
         # In place: a product that adds up on r needs no pass of its own for the residual.
         r_BLD.view(-1, width).addmm_(hidden_BLM.flatten(0, 1), self.proj[0].mT)
-        return r_BLD
+        return r_BLD if beside is None else beside(1, hidden_BLM, r_BLD)
 
     def _attend(self, x_BLD: Tensor) -> Tensor:
         z_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], *self.norm_1, self.eps[0])
@@ -168,6 +211,21 @@ class ImagePass:
     steps: tuple[Step, ...]
     pool: Callable[[Tensor], Tensor]  # output of the last step -> features (B, E)
     whole_last: Step | None = None  # the last block for all tokens, where its step skips some
+
+    def finish(
+        self, x_BLD: Tensor, depth: int, mixing: Callable[[int], Mixing | None] = lambda _: None
+    ) -> Tensor:
+        """Go on after `depth` blocks to features (B, E), with what `mixing` says of each block."""
+        for index in range(depth, len(self.steps)):
+            x_BLD = self.steps[index](x_BLD, mixing(index))
+        return self.pool(x_BLD)
+
+
+def image_pass(tower: ImageTower, visual: nn.Module, precision: Precision) -> ImagePass:
+    """Run an image tower, which is made of the module `visual`, in a precision."""
+    if precision == "exact":
+        return exact_pass(tower)
+    return fast_pass(visual, dtype_of(precision))
 
 
 def exact_pass(tower: ImageTower) -> ImagePass:

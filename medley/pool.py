@@ -28,7 +28,10 @@ __all__ = ["Capacity", "ExpertPool", "PackedExperts"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much room is set aside; the memory is taken at once.
+    """How much room there is.
+
+    The memory of experts is set aside at once, that of low-rank updates by the first task that has
+    any, and that of a model by each task that has one.
 
     Raises:
         ValueError: `max_top_k` is larger than `experts`.
@@ -39,6 +42,9 @@ class Capacity:
     experts: int = 32  # experts one path may name in a block
     bottleneck: int = 64
     max_top_k: int = 2
+    low_rank_slots: int = 16  # tasks with low-rank updates
+    low_rank: int = 64  # the largest rank
+    models: int = 2  # tasks with weights of their own
 
     def __post_init__(self) -> None:
         if self.max_top_k > self.experts:

@@ -14,8 +14,9 @@ Legend: B rows, N prompts, L tokens, D width, E joint embedding width, F width o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ from torch.nn import functional as F
 
 from medley.backbone import Backbone
 from medley.errors import BackboneError, CapacityError
-from medley.experts import TaskExperts
+from medley.experts import BlockExperts, BlockLowRank, TaskExperts, TaskLowRank, TaskUpdate
 from medley.extractor import Extractor
-from medley.fused import ImagePass, Mixing, exact_pass, fast_pass
-from medley.pool import Capacity, ExpertPool, PackedExperts
+from medley.fused import LibraryStep, Mixing, Step, image_pass
+from medley.low_rank import LowRankPool
+from medley.pool import Capacity, ExpertPool
 from medley.precision import Precision, dtype_of
 from medley.routed_text import RoutedText
+from medley.whole import WholeModels
 
 __all__ = ["ZERO_SHOT", "Frozen", "PackedTask", "RoutedModel"]
 
@@ -54,27 +57,46 @@ class Frozen:
         return Frozen(self.hidden_BLD[index_R], taps, features_BE, self.depth)
 
 
-@dataclass(frozen=True)
-class PackedTask:
-    """A task version's experts as the pools of one model take them."""
-
-    vision: PackedExperts
-    text: PackedExperts | None
+class Packed(Protocol):
+    """Some of a task version, on the host, as one store takes it."""
 
     @property
     def size_bytes(self) -> int:
-        """What they take on the host."""
-        return self.vision.size_bytes + (self.text.size_bytes if self.text else 0)
+        """What it takes on the host."""
+
+
+class _Store(Protocol):
+    """Where paths of one kind keep what they add to one tower, or to both."""
+
+    @property
+    def paths(self) -> frozenset[int]: ...
+    def has_room(self, packed: Any, without: Collection[int] = ()) -> bool: ...
+    def load(self, path: int, packed: Any) -> None: ...
+    def unload(self, path: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class PackedTask:
+    """A task version in the form in which one model takes it."""
+
+    parts: Mapping[str, Packed]  # by the name of the store
+    first_block: int  # image blocks before it are the backbone's own
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the host."""
+        return sum(part.size_bytes for part in self.parts.values())
 
 
 class RoutedModel:
-    """A backbone with slots for experts. Not thread-safe: one thread runs it and loads into it.
+    """A backbone with slots for what paths add. Not thread-safe: one thread runs and loads.
 
     Args:
         backbone: stays as it is; another precision than "exact" copies its image tower.
-        precision: how the image tower and its experts compute.
-        first_expert_block: no path may have image experts before it. None: the first block in which
-            a loaded path has any, so that the shared trunk is as deep as the tasks allow.
+        precision: how the image tower and what is added to it compute.
+        first_expert_block: no path may add anything to image blocks before it. None: the first
+            block in which a loaded path does, so that the shared trunk is as deep as the tasks
+            allow.
         capacity: the slots.
         extractors: networks whose features selectors may look at beside the backbone's own.
     """
@@ -98,15 +120,20 @@ class RoutedModel:
         self.precision = precision
         self.capacity = capacity or Capacity()
         self.extractors = {extractor.tap: extractor for extractor in extractors}
-        self._image = _image_pass(backbone, precision)
-        self._vision = self._pool(blocks, backbone.image.width, dtype_of(precision))
-        text = backbone.text
+        self._image = image_pass(backbone.image, backbone.model.visual, precision)
+        dtype, text = dtype_of(precision), backbone.text
+        self._vision = self._pool(blocks, backbone.image.width, dtype)
+        self._low_rank = self._low_rank_pool(self._image.steps, dtype)
         self._text: RoutedText | None = None
         if text is not None:
-            self._text = RoutedText(text, self._pool(len(text.blocks), text.width))
+            low_rank = self._low_rank_pool([LibraryStep(block) for block in text.blocks])
+            self._text = RoutedText(text, self._pool(len(text.blocks), text.width), low_rank)
+        models = self.capacity.models
+        self._whole = WholeModels(backbone, self._image, precision=precision, models=models)
+        self._stores = self._named_stores()
         self._free_paths = list(reversed(range(self.capacity.paths)))
         self._fixed_first = first_expert_block
-        self._firsts: dict[int, int] = {}  # path -> its first image block with experts
+        self._firsts: dict[int, int] = {}  # path -> the first image block that is its own
 
     @property
     def first_expert_block(self) -> int:
@@ -126,33 +153,52 @@ class RoutedModel:
         pools = [self._vision] + ([self._text.pool] if self._text else [])
         return min(pool.free_slots for pool in pools)
 
-    def pack(self, experts: TaskExperts) -> PackedTask:
+    @property
+    def free_low_rank_slots(self) -> int:
+        """How many more tasks with low-rank updates there is room for."""
+        pools = [self._low_rank, self._text.low_rank if self._text else None]
+        return min((pool.free_slots for pool in pools if pool is not None), default=0)
+
+    @property
+    def free_models(self) -> int:
+        """How many more tasks with weights of their own there is room for."""
+        return self._whole.free_models
+
+    @property
+    def layout(self) -> Hashable:
+        """What `finish` reads, beside tensors that stay where they are: as long as it is equal."""
+        return self._low_rank is not None and self._low_rank.is_there, self._whole.numbers
+
+    def pack(self, task: TaskUpdate) -> PackedTask:
         """Do what loading a task version takes on the host; any thread may.
 
         Raises:
             CapacityError: it has more experts, ranks or top-k than there is room for.
-            BackboneError: text experts for a text tower that takes none, or experts before
+            BackboneError: it adds to a tower that takes no such thing, or to image blocks before
                 `first_expert_block`.
-            ValueError: experts of other shapes than these towers have.
+            ValueError: tensors of other shapes than these towers have.
         """
-        self._check(experts)
-        top_k, scale = experts.top_k, experts.scale
-        vision, text = self._vision.pack(experts.vision, top_k=top_k, scale=scale), None
-        if experts.text:
-            assert self._text is not None
-            text = self._text.pool.pack(experts.text, top_k=top_k, scale=scale)
-        return PackedTask(vision, text)
+        parts: dict[str, Packed]
+        if isinstance(task, TaskExperts):
+            parts, first = self._packed_experts(task), self._first(task.vision)
+        elif isinstance(task, TaskLowRank):
+            parts, first = self._packed_low_rank(task), self._first(task.vision)
+        else:
+            parts, first = {"weights": self._whole.pack(task)}, task.first_block
+        if first < (self._fixed_first or 0):
+            raise BackboneError(
+                f"it adds to image block {first}, but the trunk of this model ends at block "
+                f"{self._fixed_first}"
+            )
+        return PackedTask(parts, first)
 
     def has_room(self, task: PackedTask, without: Collection[int] = ()) -> bool:
         """Whether `load` would find room, were the paths `without` gone."""
         if not self._free_paths and self.paths.isdisjoint(without):
             return False
-        text = (
-            self._text is None or task.text is None or self._text.pool.has_room(task.text, without)
-        )
-        return text and self._vision.has_room(task.vision, without)
+        return all(self._stores[name].has_room(part, without) for name, part in task.parts.items())
 
-    def load(self, task: TaskExperts | PackedTask) -> int:
+    def load(self, task: TaskUpdate | PackedTask) -> int:
         """Load a task version into free slots; one that is packed asks little of this thread.
 
         Returns:
@@ -164,24 +210,26 @@ class RoutedModel:
         """
         if not self._free_paths:
             raise CapacityError(f"all {self.capacity.paths} paths are taken")
-        packed = self.pack(task) if isinstance(task, TaskExperts) else task
+        packed = task if isinstance(task, PackedTask) else self.pack(task)
         path = self._free_paths[-1]
-        self._vision.load(path, packed.vision)
-        if packed.text is not None:
-            assert self._text is not None
-            try:
-                self._text.load(path, packed.text)
-            except CapacityError:
-                self._vision.unload(path)
-                raise
-        self._firsts[path] = min(packed.vision.blocks, default=len(self._image.steps))
+        try:
+            for name, part in packed.parts.items():
+                self._stores[name].load(path, part)
+        except BaseException:
+            self._clear(path)
+            raise
+        self._firsts[path] = packed.first_block
         return self._free_paths.pop()
 
     def unload(self, path: int) -> None:
-        """Free a path and the slots that no other path shares."""
-        self._vision.unload(path)
-        if self._text is not None and path in self._text:
-            self._text.unload(path)
+        """Free a path and the slots that no other path shares.
+
+        Raises:
+            ValueError: no such path is loaded.
+        """
+        if path not in self._firsts:
+            raise ValueError(f"path {path} is not loaded")
+        self._clear(path)
         del self._firsts[path]
         self._free_paths.append(path)
 
@@ -190,13 +238,14 @@ class RoutedModel:
         return self.finish(self.frozen(images_BCHW), paths_B)
 
     def encode_text(self, tokens_NL: Tensor, path: int = ZERO_SHOT) -> Tensor:
-        """Encode token ids by one path's text experts; un-normalised features (N, E).
+        """Encode token ids with what one path adds; un-normalised features (N, E).
 
         In a causal tower no router runs: what a path's router says is the same for every prompt.
         """
-        if self._text is None or path not in self._text:
-            return self.backbone.model.encode_text(tokens_NL)
-        return self._text.encode(tokens_NL, path)
+        if path in self._whole.paths:
+            return self._whole.encode_text(tokens_NL, path)
+        features_NE = None if self._text is None else self._text.encode(tokens_NL, path)
+        return self.backbone.model.encode_text(tokens_NL) if features_NE is None else features_NE
 
     def frozen(
         self, images_BCHW: Tensor, *, taps: Sequence[str] = (), features: bool = False
@@ -238,12 +287,21 @@ class RoutedModel:
             frozen: of this model; no path that was loaded since has experts in its trunk.
             paths_B: int64, -1 for zero-shot. None: all are, and no expert operation runs.
         """
-        assert paths_B is None or frozen.depth <= self.first_expert_block
-        x_BLD = frozen.hidden_BLD
-        for index in range(frozen.depth, len(self._image.steps)):
-            mixing = None if paths_B is None else Mixing(self._vision, index, paths_B)
-            x_BLD = self._image.steps[index](x_BLD, mixing)
-        return self._image.pool(x_BLD)
+        x_BLD, depth = frozen.hidden_BLD, frozen.depth
+        if paths_B is None:
+            return self._image.finish(x_BLD, depth)
+        assert depth <= self.first_expert_block
+        features_BE = None
+        takers = list(self._whole.takers(paths_B))
+        if not takers or not _are_all(takers):
+            features_BE = self._image.finish(x_BLD, depth, self._mixing(paths_B))
+        for image, takes_B in takers:
+            own_BE = image.finish(x_BLD, depth)
+            if features_BE is None:
+                features_BE = own_BE
+            features_BE = torch.where(takes_B[:, None], own_BE, features_BE)
+        assert features_BE is not None
+        return features_BE
 
     def _all_tokens(self, index: int, before_BLD: Tensor, after_BLD: Tensor, tap: str) -> Tensor:
         """What a tap after a block pools: where the last step skips tokens, run it for all."""
@@ -251,6 +309,14 @@ class RoutedModel:
         if whole_last is None or index + 1 < len(self._image.steps) or tap.endswith(":cls"):
             return after_BLD
         return whole_last(before_BLD, None)
+
+    def _mixing(self, paths_B: Tensor) -> Callable[[int], Mixing]:
+        """What is added to each block; on a CPU, where looking is free, no kind that no row has."""
+        experts: ExpertPool | None = self._vision
+        if paths_B.device.type == "cpu" and self._vision.paths.isdisjoint(paths_B.tolist()):
+            experts = None
+        low_rank = None if self._low_rank is None else self._low_rank.rows(paths_B)
+        return lambda block: Mixing(block, paths_B, experts, low_rank)
 
     def _pool(self, blocks: int, width: int, dtype: torch.dtype = torch.float32) -> ExpertPool:
         return ExpertPool(
@@ -261,15 +327,62 @@ class RoutedModel:
             dtype=dtype,
         )
 
-    def _check(self, experts: TaskExperts) -> None:
-        if experts.text and self._text is None:
-            raise BackboneError(f"the text tower of {self.backbone.name} takes no experts")
-        early = [block for block in experts.vision if block < (self._fixed_first or 0)]
-        if early:
-            raise BackboneError(
-                f"experts in image blocks {early}, but this model's trunk ends at block "
-                f"{self._fixed_first}"
-            )
+    def _low_rank_pool(
+        self, steps: Sequence[Step], dtype: torch.dtype = torch.float32
+    ) -> LowRankPool | None:
+        layers = [step.layers for step in steps]
+        found = [both for both in layers if both is not None]
+        if (
+            len({(fc.inputs, fc.outputs, proj.outputs) for fc, proj in found}) != 1
+            or None in layers
+        ):
+            return None
+        device = self.backbone.device
+        return LowRankPool(found, capacity=self.capacity, device=device, dtype=dtype)
+
+    def _named_stores(self) -> dict[str, _Store]:
+        stores: dict[str, _Store | None] = {
+            "image experts": self._vision,
+            "text experts": self._text,
+            "image updates": self._low_rank,
+            "text updates": self._text.low_rank if self._text else None,
+            "weights": self._whole,
+        }
+        return {name: store for name, store in stores.items() if store is not None}
+
+    def _packed_experts(self, task: TaskExperts) -> dict[str, Packed]:
+        top_k, scale = task.top_k, task.scale
+        parts: dict[str, Packed] = {
+            "image experts": self._vision.pack(task.vision, top_k=top_k, scale=scale)
+        }
+        if task.text:
+            if self._text is None:
+                raise BackboneError(f"the text tower of {self.backbone.name} takes no experts")
+            parts["text experts"] = self._text.pool.pack(task.text, top_k=top_k, scale=scale)
+        return parts
+
+    def _packed_low_rank(self, task: TaskLowRank) -> dict[str, Packed]:
+        parts: dict[str, Packed] = {}
+        text = self._text.low_rank if self._text else None
+        for tower, pool, updates in (
+            ("image", self._low_rank, task.vision),
+            ("text", text, task.text),
+        ):
+            if updates and pool is None:
+                raise BackboneError(
+                    f"the {tower} tower of {self.backbone.name} takes no low-rank updates"
+                )
+            if updates and pool is not None:
+                parts[f"{tower} updates"] = pool.pack(updates, scale=task.scale)
+        return parts
+
+    def _first(self, updates: Mapping[int, BlockExperts] | Mapping[int, BlockLowRank]) -> int:
+        return min(updates, default=len(self._image.steps))
+
+    def _clear(self, path: int) -> None:
+        for store in self._stores.values():
+            if path in store.paths:
+                store.unload(path)
 
     def _depth(self, tap: str) -> int:
         place, _, _ = tap.partition(":")
@@ -281,10 +394,10 @@ class RoutedModel:
         raise BackboneError(f"{self.backbone.name} with {blocks} blocks has no feature {tap!r}")
 
 
-def _image_pass(backbone: Backbone, precision: Precision) -> ImagePass:
-    if precision == "exact":
-        return exact_pass(backbone.image)
-    return fast_pass(backbone.model.visual, dtype_of(precision))
+def _are_all(takers: Sequence[tuple[object, Tensor]]) -> bool:
+    """Whether every row has towers of its own, as far as can be seen without asking a device."""
+    takes_PB = torch.stack([takes_B for _, takes_B in takers])
+    return takes_PB.device.type == "cpu" and bool(takes_PB.any(0).all())
 
 
 def _pooled(x_BLD: Tensor, tap: str) -> Tensor:
