@@ -42,7 +42,7 @@ class Picture:
 
 def gallery(records: Sequence[Record], results: Sequence[Result]) -> list[Picture]:
     """All pictures of a report, in its order; of routers only those that people look at first."""
-    results = [result for result in results if result.key[1] not in ASIDE]
+    results = [result for result in results if _is_shown(*result.key)]
     seeds = f"mean of {len(records)} seeds" if len(records) > 1 else f"seed {records[0].seed}"
     return [
         _bars(results, f"Transfer, Average and Last, {seeds}"),
@@ -51,6 +51,12 @@ def gallery(records: Sequence[Record], results: Sequence[Result]) -> list[Pictur
         *_confusions(records),
         *_errors(records),
     ]
+
+
+def _is_shown(method: str, router: str, _: str) -> bool:
+    """Variants of aggregation and of fusing are compared in the tables."""
+    variant = "@" in router or router.endswith("-similarity") or method.endswith("-once")
+    return router not in ASIDE and not variant
 
 
 def _bars(results: Sequence[Result], caption: str) -> Picture:
@@ -75,7 +81,7 @@ def _matrices(
     records: Sequence[Record], results: Sequence[Result], seeds: str
 ) -> Iterator[Picture]:
     for result in results:
-        if result.changes:
+        if result.changes and "aggregate" not in result.key[1]:
             caption = f"{result.protocol}: {result.name}, {seeds}"
             draw = partial(matrix_png, result.mean, records[0].order, title=caption)
             yield Picture(_file("matrix", *result.key), caption, draw)

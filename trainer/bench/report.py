@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from medley.markdown import NOTHING, table
+from trainer.bench.aggregate_report import aggregation, cost_cell, is_detail, storage
 from trainer.bench.anchors import Anchor, anchors
 from trainer.bench.gallery import Picture, gallery
 from trainer.bench.goals import goals
 from trainer.bench.metrics import over_seeds
-from trainer.bench.record import Cost, Record, Routing
+from trainer.bench.record import Record, Routing
 from trainer.bench.results import Result, check_comparable, results_of, routed_right, routers_of
 from trainer.bench.tables import cell, cells
 from trainer.checkpoint import make_folder, write_whole
@@ -42,14 +43,17 @@ def markdown(records: Sequence[Record]) -> str:
     """
     check_comparable(records)
     results = results_of(records)
+    shown = [result for result in results if not is_detail(result.key[1])]
     sections = [
         _what_was_run(records),
-        goals(records, results),
-        _main_table(records, results),
-        _by_data_set(records, results),
+        goals(records, shown),
+        _main_table(records, shown),
+        aggregation(records, results),
+        _by_data_set(records, shown),
         _routing(records),
         _costs(records),
-        _pictures(gallery(records, results)),
+        storage(records),
+        _pictures(gallery(records, shown)),
         _settings(records[0]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -169,7 +173,7 @@ def _costs(records: Sequence[Record]) -> str:
     if not methods:
         return ""
     rows = [
-        (method, *(_cost_cell(records, method, *column) for column in COST_COLUMNS.values()))
+        (method, *(cost_cell(records, method, *column) for column in COST_COLUMNS.values()))
         for method in methods
     ]
     return (
@@ -178,15 +182,6 @@ def _costs(records: Sequence[Record]) -> str:
         "for each image on top of the backbone. Memory is the rise while the task was learnt.\n\n"
         + table(("method", *COST_COLUMNS), rows)
     )
-
-
-def _cost_cell(records: Sequence[Record], method: str, field: str, scale: float, form: str) -> str:
-    def mean(costs: Sequence[Cost]) -> float:
-        return float(np.mean([getattr(cost, field) for cost in costs]))
-
-    seeds = [[cost for cost in record.costs if cost.method == method] for record in records]
-    result = over_seeds(mean(costs) for costs in seeds if costs)
-    return cell(result, len(records), scale=scale, form=form)
 
 
 def _pictures(pictures: Sequence[Picture]) -> str:

@@ -15,7 +15,7 @@ from medley.errors import DataError
 from trainer.bench.metrics import OverSeeds, Sequential, over_seeds, sequential
 from trainer.bench.record import Record, Routing
 
-__all__ = ["Result", "check_comparable", "results_of", "routed_right", "routers_of"]
+__all__ = ["Key", "Result", "check_comparable", "results_of", "routed_right", "routers_of"]
 
 PROTOCOLS = ("told", "agnostic", "union")  # in the order of a report
 

@@ -8,7 +8,7 @@ from PIL import Image
 from medley.errors import DataError
 from tests.trainer.bench.made_up import LEARNT, ORDER, record
 from trainer.bench.anchors import anchors
-from trainer.bench.record import Record, load, save
+from trainer.bench.record import Record, Row, load, save
 from trainer.bench.report import markdown, write_report
 from trainer.mtil import ORDERS
 
@@ -102,6 +102,50 @@ def test_a_seed_that_lacks_a_row_is_told() -> None:
     one, two, three = seeds()
     text = markdown([replace(one, rows=one.rows[:-1]), two, three])
     assert row(text, "moe_adapter", "ddas", "agnostic")[2] == "79.0 +- 1.4 (2 of 3 seeds)"
+
+
+def aggregating() -> Record:
+    """Twice as many neighbours, a point more; by the weights, half a point more."""
+    one = record()
+    told = one.rows[2]
+
+    def better(router: str, points: float) -> Row:
+        lines = tuple(tuple(s + points / 100 for s in line) for line in told.accuracy_TT)
+        return replace(told, router=router, protocol="agnostic", accuracy_TT=lines)
+
+    gains = {"@1": 0.0, "@2": 1.0, "": 2.0, "@8": 3.0, "-similarity": 2.5}
+    rows = [
+        better(f"{who}aggregate{variant}", points)
+        for who in ("labels+", "ddas+", "")
+        for variant, points in gains.items()
+    ]
+    costs = tuple(
+        replace(c, bundle_bytes=2_500_000, shared_bytes=16_000_000, fuse_seconds=2.0)
+        for c in one.costs
+        if c.method == "moe_adapter"
+    )
+    return replace(one, rows=(*one.rows, *rows), costs=costs)
+
+
+def test_what_neighbours_do_is_told_by_how_many_they_are() -> None:
+    text = markdown([aggregating()])
+    section = text.split("## Aggregated prediction")[1].split("## By data set")[0]
+    transfer, last = section.split("| Last |")
+    assert row(transfer, "moe_adapter / ddas") == [
+        *("23.00", "25.00", "26.00", "27.00", "28.00", "27.50"),
+    ]
+    assert row(last, "moe_adapter / ddas")[0] == "78.00"
+    assert row(last, "moe_adapter / nobody")[:2] == ["30.00", "80.00"]  # the first is zero-shot's
+    assert row(last, "moe_adapter / labels")[0] == "-"  # nobody measured it
+    assert "aggregate@2" not in text
+    assert row(text, "moe_adapter", "ddas+aggregate", "agnostic")[2] == "82.0"
+
+
+def test_files_and_seconds_of_a_fusion_are_told() -> None:
+    text = markdown([aggregating()]).split("## Storage")[1].split("## Pictures")[0]
+    assert row(text, "moe_adapter") == ["2.500", "16.00", "20.0", "2.00"]
+    assert "## Storage" not in markdown([record()])
+    assert "Aggregated" not in markdown([record()])
 
 
 def test_what_was_run_is_on_top() -> None:
