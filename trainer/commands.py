@@ -40,6 +40,8 @@ class Method(StrEnum):
     """How a task is learnt."""
 
     MOE_ADAPTER = "moe_adapter"
+    LORA = "lora"
+    FINETUNE = "finetune"
 
 
 class Precision(StrEnum):
@@ -106,7 +108,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     experts: Annotated[int | None, typer.Option(help="New experts in each block.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts an image uses.")] = None,
-    bottleneck: Annotated[int | None, typer.Option(help="Hidden units of an expert.")] = None,
+    bottleneck: Annotated[
+        int | None, typer.Option(help="Hidden units of an expert; the rank of lora (64).")
+    ] = None,
     first_expert_block: Annotated[
         int | None, typer.Option(help="First image block with experts; default: the last quarter.")
     ] = None,
@@ -252,14 +256,18 @@ def evaluate(
     from medley.backbone import load_backbone
     from medley.bundle import read_bundle
     from medley.extractor import load_alexnet
+    from medley.unified import unified_of
     from trainer.evaluation import evaluate as measure
     from trainer.evaluation import served
 
     bundles = [read_bundle(path) for path in bundle]
+    unified = [unified_of(b.manifest, path.parent) for b, path in zip(bundles, bundle, strict=True)]
     cases = [_case(text, bundles, probe, limit, seed, skip_unreadable) for text in data]
     base = load_backbone(backbone, weights=weights, device=device)
     extractors = [] if alexnet is None else [load_alexnet(alexnet, device=device)]
-    classifier, paths = served(bundles, base, precision=precision.value, extractors=extractors)
+    classifier, paths = served(
+        bundles, base, unified=unified, precision=precision.value, extractors=extractors
+    )
     with bars(err) as show:
         result = measure(
             classifier,
@@ -275,15 +283,16 @@ def evaluate(
 
 
 def _settings(preset: Preset, **given: Any) -> TrainSettings:
-    """The preset, and over it what was given."""
-    from trainer.settings import PRESETS, TrainSettings
+    """The preset, over it what suits the method, and over that what was given."""
+    from trainer.settings import METHOD_DEFAULTS, PRESETS, TrainSettings
 
     plain: dict[str, Any] = {
         name: value.value if isinstance(value, StrEnum) else value
         for name, value in given.items()
         if value is not None
     }
-    return TrainSettings(**(PRESETS[preset.value] | plain))
+    of_method = METHOD_DEFAULTS[plain.get("method", "moe_adapter")]
+    return TrainSettings(**(PRESETS[preset.value] | of_method | plain))
 
 
 def _case(

@@ -9,7 +9,7 @@ Legend: N images, C classes, E joint embedding width, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ from medley.admission import admit
 from medley.backbone import Backbone
 from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
+from medley.decoupled import task_update
 from medley.errors import DataError
 from medley.extractor import Extractor
 from medley.precision import Precision
 from medley.prompts import class_text_features
 from medley.routed import ZERO_SHOT, RoutedModel
+from medley.unified import Unified
 from trainer.capacity import capacity_for
 from trainer.datasets import ImageSet
 from trainer.export import BUCKET
@@ -88,6 +90,7 @@ def served(
     bundles: Sequence[Bundle],
     backbone: Backbone,
     *,
+    unified: Iterable[Unified | None] = (),
     bucket: int = BUCKET,
     precision: Precision = "exact",
     extractors: Sequence[Extractor] = (),
@@ -97,6 +100,7 @@ def served(
     Args:
         bundles: of different tasks.
         backbone: the one they were learnt on.
+        unified: the unified models that they name, in any order and however often.
         bucket: images in a forward.
         precision: how the image tower computes.
         extractors: networks that their selectors look at beside the backbone.
@@ -105,22 +109,27 @@ def served(
         the classifier and each task's path.
 
     Raises:
-        BundleError: a bundle does not fit, or fails its self-test.
+        BundleError: a bundle does not fit, its unified model is missing, or it fails its self-test.
         DataError: two bundles of one task.
     """
     tasks = [bundle.manifest.task for bundle in bundles]
     if len(set(tasks)) < len(tasks):
         raise DataError(f"two bundles of one task: {', '.join(sorted(tasks))}", code="settings")
+    named = {one.digest: one for one in unified if one is not None}
+    owns = [named.get(b.manifest.fusion.unified) if b.manifest.fusion else None for b in bundles]
     firsts = [bundle.manifest.first_expert_block for bundle in bundles]
     model = RoutedModel(
         backbone,
         precision=precision,
         first_expert_block=min(firsts),
-        capacity=capacity_for([bundle.task_experts() for bundle in bundles]),
+        capacity=capacity_for([task_update(b, own) for b, own in zip(bundles, owns, strict=True)]),
         extractors=extractors,
     )
     classifier = Classifier(model, buckets=(bucket,))
-    return classifier, {b.manifest.task: admit(b, classifier) for b in bundles}
+    return classifier, {
+        bundle.manifest.task: admit(bundle, classifier, unified=own)
+        for bundle, own in zip(bundles, owns, strict=True)
+    }
 
 
 def evaluate(

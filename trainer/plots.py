@@ -1,4 +1,4 @@
-"""Pictures for reports, as PNG bytes: curves, use of experts, confusion of routing.
+"""Pictures for reports, as PNG bytes: curves, use of experts, routing, signs of deltas.
 
 They show what the JSON beside them says and compute nothing of their own.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trainer.freezing import Usage
 from trainer.training import History
 
-__all__ = ["confusion_png", "curves_png", "usage_png"]
+__all__ = ["agreement_png", "confusion_png", "curves_png", "usage_png"]
 
 SMOOTHING = 20  # steps in the running mean of the curves
 
@@ -71,6 +71,22 @@ def confusion_png(counts: NDArray[np.int64], rows: Sequence[str], columns: Seque
     for row, column in np.ndindex(counts.shape):
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
+    return _png(figure)
+
+
+def agreement_png(shares: NDArray[np.float64], tasks: Sequence[str]) -> bytes:
+    """How often the deltas of two tasks have the same sign: a row and a column for each task."""
+    side = 2.5 + 0.7 * len(tasks)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    # Chance gives a half, which is what fusing has to contend with.
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdBu")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axes.set_yticks(range(len(tasks)), tasks)
+    for row, column in np.ndindex(shares.shape):
+        text = f"{shares[row, column]:.2f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize="small")
+    figure.colorbar(image, ax=axes, label="elements of equal sign, of those that both have changed")
     return _png(figure)
 
 

@@ -20,16 +20,18 @@ from medley.backbone import Backbone
 from medley.bundle import Bundle
 from medley.errors import DataError
 from medley.manifest import Manifest
+from medley.unified import Unified, unified_name
 from trainer.checkpoint import make_folder, write_whole
 from trainer.datasets import ImageSet, few_shot, split
 from trainer.distributed import ALONE, Team
 from trainer.export import Label, export, require_exportable
 from trainer.freezing import Usage, frozen_experts, keep, measure_usage
-from trainer.methods import MoeAdapter, ParameterCounts
+from trainer.fuse import fuse_alone
+from trainer.methods import FrozenExperts, MoeAdapter, OwnTowers, ParameterCounts
 from trainer.plots import curves_png, usage_png
-from trainer.product import of_experts
+from trainer.product import Product, of_experts, of_trigger
 from trainer.settings import TrainSettings
-from trainer.training import History, Watcher, train
+from trainer.training import History, Trained, Watcher, train
 
 __all__ = ["Outcome", "learn", "training_parts"]
 
@@ -42,6 +44,14 @@ class Outcome:
     path: Path
     report: dict[str, Any]
     counts: ParameterCounts
+    unified: Unified | None = None  # of `lora` and `finetune`; its file lies beside the bundle
+
+    @property
+    def unified_path(self) -> Path | None:
+        """The file of the unified model."""
+        if self.unified is None:
+            return None
+        return self.path.with_name(unified_name(self.unified.digest))
 
 
 def learn(
@@ -59,16 +69,20 @@ def learn(
 ) -> Outcome:
     """Learn a task into `<task>-<version>.safetensors`; report and plots lie in a folder beside.
 
+    `lora` and `finetune` also write the unified model that the bundle names, a fusion of one task.
+
     All processes of a team make the bundle, each in a folder of its own: give others than the first
     one that is thrown away (`Team.place`). Only the first draws plots and resumes from its folder.
 
     Raises:
         DataError: the data cannot be learnt from, a setting does not suit the backbone or a bundle,
-        or the folder cannot be written. BundleError: an earlier bundle does not fit, or the bundle
-        cannot be written.
+        earlier bundles are given to a method without experts, or the folder cannot be written.
+        BundleError: an earlier bundle does not fit, or the bundle cannot be written.
     """
     started_s = time.monotonic()
     require_exportable(backbone, settings)
+    if after and settings.method != "moe_adapter":
+        raise DataError(f"{settings.method} cannot use experts of earlier tasks", code="settings")
     _check_names(label, images)
     name = f"{label.task}-{label.version}"
     details = folder / name
@@ -90,13 +104,10 @@ def learn(
         team=team,
     )
     trained_s = time.monotonic()
-    learner = trained.learner
-    assert isinstance(learner, MoeAdapter)
-    usage = measure_usage(learner, trained.trunk, settings)
+    left = _left(trained, frozen, backbone, settings, label, folder)
     path = folder / f"{name}.safetensors"
-    kept = keep(learner, frozen, usage, settings)
     bundle = export(
-        of_experts(kept, backbone, settings),
+        left.product,
         backbone,
         train_part,
         held_out,
@@ -107,13 +118,60 @@ def learn(
         path=path,
         team=team,
     )
-    report = _report(bundle, path, images, trained.history, usage) | {
-        "training_s": round(trained_s - started_s, 1),
-        "export_s": round(time.monotonic() - trained_s, 1),
-    }
+    report = (
+        _report(bundle, path, images, trained.history)
+        | left.report()
+        | {
+            "training_s": round(trained_s - started_s, 1),
+            "export_s": round(time.monotonic() - trained_s, 1),
+        }
+    )
     if team.is_first:
-        _write_reports(details, report, trained.history, usage)
-    return Outcome(bundle, path, report, learner.counts(kept))
+        _write_reports(details, report, trained.history, left.usage)
+    return Outcome(bundle, path, report, left.counts, left.unified)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Left:
+    """What training left, by whatever method."""
+
+    product: Product
+    counts: ParameterCounts
+    usage: Usage | None = None  # of experts
+    unified: Unified | None = None  # of deltas
+
+    def report(self) -> dict[str, Any]:
+        """What only some methods have to report."""
+        found: dict[str, Any] = {}
+        if self.usage is not None:
+            found |= _usage_report(self.usage, self.product)
+        if self.unified is not None:
+            found["unified"] = {
+                "file": unified_name(self.unified.digest),
+                "digest": self.unified.digest,
+                "elements": self.unified.elements,
+            }
+        return found
+
+
+def _left(
+    trained: Trained,
+    frozen: FrozenExperts,
+    backbone: Backbone,
+    settings: TrainSettings,
+    label: Label,
+    folder: Path,
+) -> _Left:
+    learner = trained.learner
+    if isinstance(learner, MoeAdapter):
+        usage = measure_usage(learner, trained.trunk, settings)
+        kept = keep(learner, frozen, usage, settings)
+        product = of_experts(kept, backbone, settings)
+        return _Left(product=product, counts=learner.counts(kept), usage=usage)
+    assert isinstance(learner, OwnTowers)
+    unified, trigger = fuse_alone(learner, backbone, settings, label=label, folder=folder)
+    product = of_trigger(unified, trigger, backbone)
+    return _Left(product=product, counts=learner.counts(), unified=unified)
 
 
 def _check_names(label: Label, images: ImageSet) -> None:
@@ -159,9 +217,7 @@ def _identity(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _report(
-    bundle: Bundle, path: Path, images: ImageSet, history: History, usage: Usage
-) -> dict[str, Any]:
+def _report(bundle: Bundle, path: Path, images: ImageSet, history: History) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "task": manifest.task,
@@ -176,25 +232,32 @@ def _report(
         "metrics": dict(manifest.training.metrics),
         "selector": manifest.selector.model_dump(mode="json"),
         "after": list(manifest.training.after),
+        "history": vars(history),
+    }
+
+
+def _usage_report(usage: Usage, product: Product) -> dict[str, Any]:
+    towers = {"vision": product.vision, "text": product.text}
+    return {
         "experts_kept": {
-            tower: {
-                block: len(digests) for block, digests in getattr(manifest, tower).blocks.items()
-            }
-            for tower in ("vision", "text")
+            name: {block: len(digests) for block, digests in tower.blocks.items()}
+            for name, tower in towers.items()
         },
         "usage": {
             tower: {block: [round(float(s), 4) for s in shares] for block, shares in blocks.items()}
             for tower, blocks in usage.items()
         },
-        "history": vars(history),
     }
 
 
-def _write_reports(folder: Path, report: dict[str, Any], history: History, usage: Usage) -> None:
+def _write_reports(
+    folder: Path, report: dict[str, Any], history: History, usage: Usage | None
+) -> None:
     write_whole(folder / "report.json", json.dumps(report, indent=1).encode())
     write_whole(folder / "report.md", _markdown(report).encode())
     write_whole(folder / "curves.png", curves_png(history))
-    write_whole(folder / "usage.png", usage_png(usage))
+    if usage is not None:
+        write_whole(folder / "usage.png", usage_png(usage))
 
 
 def _at(alpha: float | None) -> str:
@@ -207,6 +270,7 @@ def _markdown(report: dict[str, Any]) -> str:
     rows = {
         "bundle": f"{report['bundle']}, {report['size_bytes'] / 1e6:.2f} MB",
         "digest": report["digest"],
+        **({"unified model": report["unified"]["file"]} if "unified" in report else {}),
         "backbone": f"{report['backbone']['name']}, {report['backbone']['fingerprint']}",
         "data": f"{report['images']} images of {report['classes']} classes",
         "seconds": f"{report['training_s']} to train, {report['export_s']} to calibrate and export",
@@ -216,7 +280,8 @@ def _markdown(report: dict[str, Any]) -> str:
         **{name.replace("_", " "): value for name, value in report["settings"].items()},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        f"# {report['task']} {report['version']}\n\n| | |\n|---|---|\n{table}\n\n"
-        "![loss and accuracy](curves.png)\n\n![share of the gates by expert](usage.png)\n"
-    )
+    pictures = ["![loss and accuracy](curves.png)"]
+    if "usage" in report:
+        pictures.append("![share of the gates by expert](usage.png)")
+    title = f"# {report['task']} {report['version']}"
+    return "\n\n".join([title, f"| | |\n|---|---|\n{table}", *pictures]) + "\n"

@@ -18,7 +18,7 @@ from trainer.redundancy import (
     group_count,
 )
 
-__all__ = ["PRESETS", "Method", "Selector", "TrainSettings"]
+__all__ = ["METHOD_DEFAULTS", "PRESETS", "Method", "Selector", "TrainSettings"]
 
 Method = Literal["moe_adapter", "lora", "finetune"]
 Selector = Literal[
@@ -163,6 +163,12 @@ class TrainSettings:
             )
 
 
+# Over a preset, which is made for experts; the rank is ConDU's, arXiv:2503.10705.
+METHOD_DEFAULTS: dict[Method, dict[str, Any]] = {
+    "moe_adapter": {},
+    "lora": {"lr": LEARNING_RATES["lora"], "bottleneck": 64},
+    "finetune": {"lr": LEARNING_RATES["finetune"]},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     # MoE-Adapters, arXiv:2403.11549, full-shot MTIL; its learning rate differs by data set, 1e-3 is

@@ -11,6 +11,7 @@ from trainer.methods.finetune import Finetune
 from trainer.methods.learner import Learner, ParameterCounts
 from trainer.methods.lora import Lora
 from trainer.methods.moe_adapter import FrozenExperts, MoeAdapter
+from trainer.methods.own_towers import OwnTowers
 from trainer.settings import TrainSettings
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Learner",
     "Lora",
     "MoeAdapter",
+    "OwnTowers",
     "ParameterCounts",
     "make_learner",
 ]
