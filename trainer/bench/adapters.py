@@ -178,7 +178,12 @@ def _learn(
         )
     selector = sum(t.numel() for n, t in outcome.bundle.tensors.items() if n.startswith("ddas."))
     counts = replace(outcome.counts, stored=outcome.counts.stored + selector)
-    return replace(meter.cost(name, task, counts), bundle_bytes=outcome.path.stat().st_size)
+    shared = outcome.unified_path
+    return replace(
+        meter.cost(name, task, counts),
+        bundle_bytes=outcome.path.stat().st_size,
+        shared_bytes=0 if shared is None else shared.stat().st_size,
+    )
 
 
 def _promises(router: str) -> bool:

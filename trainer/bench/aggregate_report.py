@@ -36,7 +36,8 @@ def aggregation(records: Sequence[Record], results: Sequence[Result]) -> str:
 
     def numbers(method: str, who: str, metric: str) -> list[str]:
         found = [by_key.get(key) for key in _keys(method, who)]
-        return [cell(r and r.of(metric), len(records), form=".2f") for r in found]
+        values = [None if result is None else result.of(metric) for result in found]
+        return [cell(value, len(records), form=".2f") for value in values]
 
     def lines(metric: str) -> str:
         rows = [

@@ -54,6 +54,8 @@ class MethodName(StrEnum):
     FINETUNE = "finetune"
     LORA = "lora"
     MOE_ADAPTER = "moe_adapter"
+    CONDU_LORA = "condu-lora"
+    CONDU_FINETUNE = "condu-finetune"
 
 
 @bench.command()

@@ -26,7 +26,7 @@ from trainer.frozen import FrozenStore
 from trainer.methods.learner import ParameterCounts
 from trainer.progress import Bars
 from trainer.run import training_parts
-from trainer.settings import Method, TrainSettings
+from trainer.settings import METHOD_DEFAULTS, Method, TrainSettings
 from trainer.suites import Suite
 
 __all__ = ["Course", "Meter", "Plan", "empty_classifier", "open_course", "tap_names"]
@@ -80,7 +80,8 @@ class Course:
 
     def settings_of(self, method: Method) -> TrainSettings:
         """Of every task, learnt by a method that is compared; its budget may be smaller."""
-        settings, fewer = self.settings.for_method(method), self.plan.baseline_iterations
+        settings = replace(self.settings.for_method(method), **METHOD_DEFAULTS[method])
+        fewer = self.plan.baseline_iterations
         return settings if fewer is None else replace(settings, iterations=fewer)
 
     def classifier(self) -> Classifier:

@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from medley.backbone import Backbone
 from medley.errors import DataError
 from medley.machine import machine
-from trainer.bench import adapters, baselines
+from trainer.bench import adapters, baselines, condu
 from trainer.bench.course import Course, Plan, open_course, tap_names
 from trainer.bench.record import Cost, Record, Routing, Row, Scores, load, save
 from trainer.bench.report import write_report
@@ -27,7 +27,7 @@ from trainer.progress import Bars
 
 __all__ = ["METHODS", "run"]
 
-METHODS = ("zero-shot", "linear-probe", "finetune", "lora", "moe_adapter")
+METHODS = ("zero-shot", "linear-probe", "finetune", "lora", "moe_adapter", *condu.METHODS)
 
 
 def run(
@@ -91,6 +91,11 @@ def _measured(course: Course, methods: Sequence[str], command: str) -> Record:
         found, routings, scores, sent = adapters.measure(course, learnt, rivals(course))
         mixed["moe_adapter"] = sent
         rows, costs = [*rows, *found], [*costs, *learnt.costs]
+    for name in condu.METHODS:
+        if name in methods:
+            fused = condu.learn_fusions(course, name)
+            found, mixed[name] = condu.measure(course, name, fused)
+            rows, costs = [*rows, *found], [*costs, *fused.costs]
     plan = course.plan
     return Record(
         suite=plan.suite.name,
