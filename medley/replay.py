@@ -9,8 +9,9 @@ all who asked, since nobody looks at who was claimed.
 
 Their shapes do not depend on which tasks there are: an expert that comes or goes is a write into
 tensors that the graphs read. A graph is captured again only when what it depends on has changed:
-the selection with the tasks, the nearest with the neighbours; all with the depth of the trunk or
-the features.
+the selection with the tasks, the nearest with the neighbours, what follows paths when the first
+low-rank updates are loaded and when whole models come or go (`RoutedModel.layout`); all with the
+depth of the trunk or the features.
 
 Two lanes, each with pinned buffers and a staging area on the device, let a batch be copied in while
 the one before computes. On a CPU the same code runs without a queue (`medley/streams.py`), which is
@@ -22,7 +23,7 @@ beside the images' own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -132,11 +133,11 @@ class ReplayedClassifier(Classifier):
         graphs = self._graphs[rows]
         frozen, paths_B = graphs.frozen, self._answers.paths_B[:rows]
         self._keep(graphs, "selection", self._selection(frozen, rows), self.selectors.changes)
-        self._keep(graphs, "experts", self._encoding(frozen, paths_B, rows))
+        self._keep(graphs, "experts", self._encoding(frozen, paths_B, rows), self.model.layout)
         self._keep(graphs, "zero_shot", self._encoding(frozen, None, rows))
         if self._neighbours_asked:
             self._keep(graphs, "nearest", self._nearest(rows), self.neighbours.changes)
-            self._keep(graphs, "along", self._encoding_beside(frozen, rows))
+            self._keep(graphs, "along", self._encoding_beside(frozen, rows), self.model.layout)
         return graphs
 
     def _captured(self, rows: int, depth: int, taps: tuple[str, ...]) -> _Graphs:
@@ -146,7 +147,7 @@ class ReplayedClassifier(Classifier):
         frozen = Frozen(hidden_BLD, dict(zip(taps, rest, strict=False)), features_BE, depth)
         return _Graphs((depth, taps), frozen, trunk)
 
-    def _keep(self, graphs: _Graphs, name: str, work: Work, made_for: int = 0) -> None:
+    def _keep(self, graphs: _Graphs, name: str, work: Work, made_for: Hashable = None) -> None:
         """Capture work that is not captured yet, or was for something else."""
         if name not in graphs.others or graphs.others[name][0] != made_for:
             self._settle()
@@ -279,7 +280,7 @@ class _Graphs:
     key: tuple[int, tuple[str, ...]]
     frozen: Frozen  # the trunk's outputs
     trunk: Capture
-    others: dict[str, tuple[int, Capture]] = field(default_factory=dict)
+    others: dict[str, tuple[Hashable, Capture]] = field(default_factory=dict)
 
     def run(self, name: str, stream: Stream) -> None:
         """Replay one of the others."""
