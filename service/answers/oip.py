@@ -102,8 +102,9 @@ def answered(asked: Asked, response: ClassifyResponse) -> Body:
 
 def _parameters(response: ClassifyResponse, found: Sequence[Prediction]) -> dict[str, str | int]:
     """What the outputs do not say: of how many values several paths are the authors."""
+    parameters: dict[str, str | int] = {"generation": response.generation}
     aggregated = sum(one.path.kind == "aggregate" for one in found)
-    return {"generation": response.generation} | ({"aggregated": aggregated} if aggregated else {})
+    return parameters | ({"aggregated": aggregated} if aggregated else {})
 
 
 def _images(tensor: InferInput, behind: bytes) -> list[ImageSource]:

@@ -35,6 +35,15 @@ __all__ = ["classify", "route"]
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders.", exists=True)]
 Model = Annotated[str, typer.Option(help="auto, base, a task, task@version or task@alias.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="Choose among these labels.")]
+Unclaimed = Annotated[
+    str | None,
+    typer.Option(
+        help="Who answers what no task claims: zero_shot, aggregate; as the server is set."
+    ),
+]
+Neighbours = Annotated[
+    int | None, typer.Option(min=1, help="How many tasks answer beside zero-shot then.")
+]
 Result = TypeVar("Result", "Prediction", "Decision")
 Row = tuple[str, ...]
 
@@ -47,12 +56,21 @@ def classify(
     label: Labels = None,
     template: Annotated[list[str] | None, typer.Option(help='Prompt with one "{}".')] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 1,
+    unclaimed: Unclaimed = None,
+    neighbours: Neighbours = None,
     as_json: Json = False,
 ) -> None:
     """Ask a server what is on images."""
     table = table_of("image", "label", "probability", "answered by")
     with one_line_errors(), open_client(url, key) as client:
-        options = _options(model, label, templates=template, top_k=top_k)
+        options = _options(
+            model=model,
+            labels=label,
+            templates=template,
+            top_k=top_k,
+            unclaimed=unclaimed,
+            neighbours=neighbours,
+        )
         asked = _asked(images, lambda batch: client.classify(batch, options).results)
         _show(asked, table, _choices, as_json=as_json)
 
@@ -64,20 +82,22 @@ def route(
     model: Model = "auto",
     label: Labels = None,
     tasks: Annotated[int, typer.Option(min=1, help="How many tasks to show, nearest first.")] = 5,
+    unclaimed: Unclaimed = None,
+    neighbours: Neighbours = None,
     as_json: Json = False,
 ) -> None:
     """Ask a server which task would answer for images, and why; nothing is computed beyond that."""
     table = table_of("image", "goes to", "task", "score", "threshold", "margin", "accepted")
     with one_line_errors(), open_client(url, key) as client:
-        options = _options(model, label)
+        options = _options(model=model, labels=label, unclaimed=unclaimed, neighbours=neighbours)
         asked = _asked(images, lambda batch: client.route(batch, options).results)
         _show(asked, table, lambda decision: _scores(decision, tasks), as_json=as_json)
 
 
-def _options(model: str, labels: list[str] | None, **others: object) -> ClassifyOptions:
+def _options(**given: object) -> ClassifyOptions:
     from service.wire.schemas import ClassifyOptions
 
-    return ClassifyOptions.model_validate({"model": model, "labels": labels} | others)
+    return ClassifyOptions.model_validate(given)
 
 
 def _asked(
@@ -139,7 +159,7 @@ def _show(
 def _choices(prediction: Prediction) -> list[Row]:
     """Label, probability, who says so: the last in the first row only."""
     who = _name(prediction.path)
-    if prediction.path.kind == "zero_shot":
+    if prediction.path.kind != "task":
         who = f"{who} ({prediction.label_set})"
     return [
         (choice.label, f"{choice.probability:.1%}", who if rank == 0 else "")
@@ -166,7 +186,10 @@ def _scores(decision: Decision, most: int) -> list[Row]:
     return [(_name(decision.path) if index == 0 else "", *row) for index, row in enumerate(rows)]
 
 
-def _name(path: schemas.Path) -> str:
+def _name(path: schemas.Path | schemas.PathMember) -> str:
+    """Who answers; of several, how much each counts."""
+    if path.kind == "aggregate":
+        return ", ".join(f"{_name(one)} {one.weight:.0%}" for one in path.members or ())
     return f"{path.task}@{path.version}" if path.kind == "task" else "zero-shot"
 
 

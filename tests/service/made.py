@@ -30,6 +30,8 @@ def make_bundle(
     version: str = "1",
     seed: int = 0,
     class_names: tuple[str, ...] = ("cat", "dog", "hamster"),
+    templates: tuple[str, ...] = ("a photo of a {}.",),
+    prototypes: bool = False,
     threshold: float = math.inf,
     backbone: Backbone | None = None,
     self_test_error: float = 0.0,
@@ -37,7 +39,8 @@ def make_bundle(
 ) -> Bundle:
     """Write a bundle that a server with the tiny backbone admits: real experts, real self-test.
 
-    Without a threshold the task accepts every image. `self_test_error` is added to the answers that
+    Without a threshold the task accepts every image; with prototypes, random ones, it may be the
+    neighbour of one that nobody accepts. `self_test_error` is added to the answers that
     it promises; `feature` is written as what its selector looks at. Both make it a bad bundle.
     """
     classifier = Classifier(RoutedModel(backbone or tiny_backbone()), buckets=(4,))
@@ -50,6 +53,8 @@ def make_bundle(
         task=task,
         version=version,
         class_names=class_names,
+        templates=templates,
+        prototypes=prototypes,
         backbone=backbone_ref(classifier),
         vision=dict(experts.vision),
         text=dict(experts.text),
@@ -64,6 +69,8 @@ def make_bundle(
     # Random ones, as the tiny text tower hardly tells words apart and its answers would be a draw.
     text_CE = normalize(torch.randn(len(class_names), 24, generator=random), dim=-1)
     tensors["class_text_features"] = text_CE
+    if prototypes:
+        tensors["prototypes"] = normalize(torch.randn(text_CE.shape, generator=random), dim=-1)
     tensors |= record_self_test(classifier, loaded, text_CE, tensors["self_test.pixels"])
     tensors["self_test.logits"] += self_test_error
     levels = tuple(
