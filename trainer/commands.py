@@ -1,4 +1,4 @@
-"""`medley train | evaluate | pretrain`. Heavy imports wait until a command runs."""
+"""`medley train | fuse | evaluate | pretrain`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ from rich.table import Table
 
 from trainer.bench.commands import bench
 from trainer.data_commands import data_commands
+from trainer.fuse_command import fuse_command
 from trainer.imports.command import import_commands
-from trainer.options import BackboneName, Computes, Device, PrecisionName, Preset, Weights
+from trainer.options import (
+    BackboneName,
+    Computes,
+    Device,
+    PrecisionName,
+    Preset,
+    Redundancy,
+    RedundancyWeight,
+    Weights,
+)
 from trainer.pretrain.command import pretrain_command
 from trainer.progress import bars
 
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["commands"]
 
 commands = typer.Typer(no_args_is_help=True)
+commands.command("fuse")(fuse_command)
 commands.command("pretrain")(pretrain_command)
 commands.add_typer(bench, name="bench")
 commands.add_typer(data_commands, name="data")
@@ -56,16 +67,6 @@ class Freeze(StrEnum):
 
     MASS = "mass"
     COUNT = "count"
-
-
-class RedundancyName(StrEnum):
-    """How it is measured that groups of ranks do the same."""
-
-    OFF = "off"
-    FEATURE_CORRELATION = "feature_correlation"
-    DISTRIBUTION_DIVERGENCE = "distribution_divergence"
-    OUTPUT_COSINE = "output_cosine"
-    WEIGHT = "weight"
 
 
 class SelectorName(StrEnum):
@@ -121,13 +122,8 @@ def train(
         int | None, typer.Option(help="Random crops of each image; 0: none.")
     ] = None,
     balance: Annotated[float | None, typer.Option(help="Weight of the balance loss.")] = None,
-    redundancy: Annotated[
-        RedundancyName | None,
-        typer.Option(help="Keep groups of ranks from doing the same (docs/redundancy.md)."),
-    ] = None,
-    redundancy_weight: Annotated[
-        float | None, typer.Option(help="Weight of the redundancy loss.")
-    ] = None,
+    redundancy: Redundancy = None,
+    redundancy_weight: RedundancyWeight = None,
     redundancy_groups: Annotated[
         int | None, typer.Option(help="Groups of an expert's ranks, each of 8 or more.")
     ] = None,
