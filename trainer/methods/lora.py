@@ -3,7 +3,8 @@
 Of the blocks from the first one on; attention and everything else stays frozen. All tasks on one
 backbone start from the same factors, so that what they learn can be compared and fused.
 
-Legend: I inputs, O outputs, R rank.
+Legend: B images or prompts, L tokens, I inputs, O outputs, R rank, S sampled tokens, E joint
+embedding width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +23,13 @@ from torch import Tensor, nn
 from medley.backbone import Backbone
 from medley.errors import DataError
 from medley.tower import Block
-from trainer.methods.learner import ParameterCounts
+from trainer.distributed import ALONE, Part
+from trainer.methods.learner import ParameterCounts, Prompts
 from trainer.methods.own_towers import OwnTowers
+from trainer.penalties import Penalties
+from trainer.redundancy import Groups, SubspaceRedundancy, group_count, sampled
 from trainer.settings import TrainSettings
+from trainer.trunk import Entrance
 
 __all__ = ["Lora", "LowRank", "shared_start"]
 
@@ -59,6 +66,21 @@ class LowRank(nn.Module):
         update_BLO: Tensor = self._scale * ((x_BLI @ self.down_RI.T) @ self.up_RO)
         return update_BLO
 
+    def redundancy(self, x_BLI: Tensor, how: SubspaceRedundancy, part: Part) -> Tensor:
+        """Measure how redundant the groups of ranks are for these inputs, a scalar."""
+        tokens_SI = sampled(x_BLI, part).flatten(0, 1)
+        rank = len(self.down_RI)
+        with torch.autocast(x_BLI.device.type, enabled=False):
+            groups = Groups.of(
+                tokens_SI,
+                self.down_RI[None],
+                tokens_SI.new_zeros(1, rank),  # there is no bias
+                self.up_RO[None],
+                tokens_SI.new_ones(len(tokens_SI), 1),
+                groups=group_count(rank, how.groups),
+            )
+            return how.of(groups, total=part.team.total)
+
 
 class Lora(OwnTowers):
     """Trains a `LowRank` beside every linear layer of the MLPs.
@@ -71,13 +93,27 @@ class Lora(OwnTowers):
         self, backbone: Backbone, class_prompts: Sequence[str], settings: TrainSettings
     ) -> None:
         super().__init__(backbone, settings, _sharing_copy(backbone.model))
-        self._rank = settings.bottleneck
+        self._rank, self._supervision = settings.bottleneck, settings.supervision
         image_blocks = range(self.first_image_block, len(self.image_tower.blocks))
         self.vision = self._beside("vision", self.image_tower.blocks, image_blocks)
         self.text = nn.ModuleDict()
         if self.text_tower is not None:
             self.text = self._beside("text", self.text_tower.blocks, self.text_blocks)
         self._learn(class_prompts)
+
+    def image_features(self, entrance: Entrance) -> tuple[Tensor, Penalties]:
+        """See `Learner`."""
+        with self._listening(self.vision, entrance) as found:
+            features_BE, penalties = super().image_features(entrance)
+        return features_BE, self._with(found, penalties)
+
+    @torch.no_grad()
+    def redundancy(self, entrance: Entrance, how: SubspaceRedundancy) -> Tensor:
+        """Measure how redundant the image updates are for some images: a mean over them."""
+        self.eval()
+        with self._listening(self.vision, entrance, how) as found:
+            self.image_features(entrance)
+        return torch.stack(found).mean()
 
     def counts(self) -> ParameterCounts:
         """See `Learner`; active as long as the updates are not added to the weights."""
@@ -98,6 +134,40 @@ class Lora(OwnTowers):
         return {
             f"{name}.down": update.start_RI.bfloat16().cpu() for name, update in self._updates()
         }
+
+    def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Penalties]:
+        with self._listening(self.text, prompts.entrance) as found:
+            features_NE, penalties = super()._encode_text(prompts)
+        return features_NE, self._with(found, penalties)
+
+    @contextmanager
+    def _listening(
+        self, tower: nn.ModuleDict, entrance: Entrance, how: SubspaceRedundancy | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Measure every update of a tower as it is used; in evaluation only where one asks how."""
+        asked = how or (self._supervision if self.training else None)
+        found: list[Tensor] = []
+        if asked is None:
+            yield found
+            return
+        part = entrance.part or ALONE.part(len(entrance.tensors[0]))
+
+        def measure(update: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(update, LowRank)
+            found.append(update.redundancy(inputs[0], asked, part))
+
+        updates = [module for module in tower.modules() if isinstance(module, LowRank)]
+        handles = [update.register_forward_pre_hook(measure) for update in updates]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _with(self, found: Sequence[Tensor], penalties: Penalties) -> Penalties:
+        """Add redundancy, as a mean over the updates of both towers."""
+        redundancy = sum(found, start=penalties.redundancy)
+        return replace(penalties, redundancy=redundancy / len(list(self._updates())))
 
     def _updates(self) -> Iterator[tuple[str, LowRank]]:
         for tower, blocks in (("vision", self.vision), ("text", self.text)):
