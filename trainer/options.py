@@ -16,6 +16,9 @@ __all__ = [
     "Device",
     "PrecisionName",
     "Preset",
+    "Redundancy",
+    "RedundancyName",
+    "RedundancyWeight",
     "Seeds",
     "Weights",
 ]
@@ -28,6 +31,16 @@ class Preset(StrEnum):
 
     SMALL = "small"
     PAPER = "paper"
+
+
+class RedundancyName(StrEnum):
+    """How it is measured that groups of ranks do the same."""
+
+    OFF = "off"
+    FEATURE_CORRELATION = "feature_correlation"
+    DISTRIBUTION_DIVERGENCE = "distribution_divergence"
+    OUTPUT_COSINE = "output_cosine"
+    WEIGHT = "weight"
 
 
 class PrecisionName(StrEnum):
@@ -48,3 +61,8 @@ Cache = Annotated[Path, typer.Option(help="Where data and features are kept.")]
 Seeds = Annotated[
     list[int] | None, typer.Option(min=0, help="Repeat for more; 0, 1 and 2 unless given.")
 ]
+Redundancy = Annotated[
+    RedundancyName | None,
+    typer.Option(help="Keep groups of ranks from doing the same (docs/redundancy.md)."),
+]
+RedundancyWeight = Annotated[float | None, typer.Option(help="Weight of the redundancy loss.")]

@@ -13,7 +13,17 @@ from rich.table import Table
 
 from trainer.bench.ablation_command import ablation_command
 from trainer.bench.cil_command import cil_command
-from trainer.options import DEFAULT_SEEDS, BackboneName, Cache, Device, Preset, Seeds, Weights
+from trainer.options import (
+    DEFAULT_SEEDS,
+    BackboneName,
+    Cache,
+    Device,
+    Preset,
+    Redundancy,
+    RedundancyWeight,
+    Seeds,
+    Weights,
+)
 from trainer.progress import bars
 from trainer.sources import DEFAULT_CACHE
 from trainer.speed.commands import SPEED_COMMANDS
@@ -89,11 +99,17 @@ def mtil(
     preset: Annotated[Preset, typer.Option(help="Settings of learning.")] = Preset.SMALL,
     iterations: Annotated[int | None, typer.Option(help="Optimiser steps a task.")] = None,
     baseline_iterations: Annotated[
-        int | None, typer.Option(min=1, help="The same for finetune and lora; default: as many.")
+        int | None,
+        typer.Option(min=1, help="The same for all but moe_adapter; default: as many."),
     ] = None,
     first_expert_block: Annotated[
         int | None, typer.Option(help="First image block that is trained.")
     ] = None,
+    redundancy: Redundancy = None,
+    redundancy_weight: RedundancyWeight = None,
+    rivals: Annotated[
+        bool, typer.Option(help="Fit other routers to the bundles of moe_adapter, to compare.")
+    ] = True,
     backbone: BackboneName = "medley-mini",
     weights: Weights = None,
     device: Device = "cpu",
@@ -110,6 +126,8 @@ def mtil(
         "shots": shots,
         "iterations": iterations,
         "first_expert_block": first_expert_block,
+        "redundancy": redundancy and redundancy.value,
+        "redundancy_weight": redundancy_weight,
     }
     settings = PRESETS[preset.value] | {k: v for k, v in given.items() if v is not None}
     opened = open_suite(suite.value, root=root, cache=cache)
@@ -120,6 +138,7 @@ def mtil(
         limit=limit,
         share=share,
         baseline_iterations=baseline_iterations,
+        rivals=rivals,
     )
     with bars(err) as show:
         records = run(

@@ -46,6 +46,7 @@ class Plan:
         share: whether later tasks may choose experts of earlier ones.
         baseline_iterations: optimiser steps of the baselines, whose steps take longer than those of
             experts; None: as many.
+        rivals: whether other routers are fitted, to compare with that of the bundles.
     """
 
     suite: Suite
@@ -54,6 +55,7 @@ class Plan:
     limit: int | None = None
     share: bool = False
     baseline_iterations: int | None = None
+    rivals: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,8 @@ def _measured(course: Course, methods: Sequence[str], command: str) -> Record:
             rows, costs = [*rows, *more_rows], [*costs, *more_costs]
     if "moe_adapter" in methods:
         learnt = adapters.learn_bundles(course)
-        found, routings, scores, sent = adapters.measure(course, learnt, rivals(course))
+        others = rivals(course) if course.plan.rivals else {}
+        found, routings, scores, sent = adapters.measure(course, learnt, others)
         mixed["moe_adapter"] = sent
         rows, costs = [*rows, *found], [*costs, *learnt.costs]
     for name in condu.METHODS:
@@ -125,6 +126,7 @@ def _about(plan: Plan) -> dict[str, JsonValue]:
         "limit": plan.limit,
         "share": plan.share,
         "baseline_iterations": plan.baseline_iterations,
+        "rivals": plan.rivals,
     }
 
 
