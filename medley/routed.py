@@ -205,7 +205,8 @@ class RoutedModel:
             its path, >= 0.
 
         Raises:
-            CapacityError: no free path, or too few free slots; nothing has changed.
+            CapacityError: no free path, too few free slots, or the device's memory is at an end;
+                nothing has changed.
             BackboneError, ValueError: as for `pack`.
         """
         if not self._free_paths:
@@ -215,8 +216,10 @@ class RoutedModel:
         try:
             for name, part in packed.parts.items():
                 self._stores[name].load(path, part)
-        except BaseException:
+        except BaseException as error:
             self._clear(path)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise CapacityError("the device has no memory left for it") from error
             raise
         self._firsts[path] = packed.first_block
         return self._free_paths.pop()

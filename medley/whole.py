@@ -146,9 +146,10 @@ class WholeModels:
         return self._loaded[path][1].model.encode_text(tokens_NL)
 
     def _check(self, task: TaskWeights) -> None:
-        blocks, shapes = len(self._backbone.image.blocks), self._shapes(task.first_block)
+        blocks = len(self._backbone.image.blocks)
         if not 0 <= task.first_block <= blocks:
             raise ValueError(f"first block {task.first_block} is not within 0..{blocks}")
+        shapes = self._shapes(task.first_block)
         for name, delta in task.deltas.items():
             if name not in shapes:
                 raise ValueError(

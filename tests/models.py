@@ -1,14 +1,23 @@
-"""Small random backbones and experts for tests: open_clip's own classes, weights from a seed."""
+"""Small random backbones and tasks for tests: open_clip's own classes, weights from a seed."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
-from torch import Tensor
+from torch import Tensor, nn
 
 from medley.backbone import Backbone, wrap
-from medley.experts import BlockExperts, TaskExperts
+from medley.experts import (
+    BlockExperts,
+    BlockLowRank,
+    LowRank,
+    TaskExperts,
+    TaskLowRank,
+    TaskWeights,
+)
+from medley.tower import Block
 
 CONTEXT, VOCABULARY = 12, 128
 VISION_WIDTH, TEXT_WIDTH, IMAGE_BLOCKS, TEXT_BLOCKS = 64, 32, 3, 2
@@ -115,3 +124,61 @@ def random_experts(
         top_k=top_k,
         scale=0.1,
     )
+
+
+def random_low_rank(
+    backbone: Backbone, seed: int = 0, *, first_block: int = 0, rank: int = 4
+) -> TaskLowRank:
+    """Make low-rank updates that matter, of image blocks from one on and of all text blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    assert backbone.text is not None
+
+    def update(layer: nn.Linear) -> LowRank:
+        sizes = (layer.in_features, layer.out_features)
+        down_RI, up_RO = (0.2 * torch.randn(rank, size, generator=generator) for size in sizes)
+        return LowRank(down_RI, up_RO)
+
+    def updates(block: Block) -> BlockLowRank:
+        assert block.linears is not None
+        return BlockLowRank(*(update(layer) for layer in block.linears))
+
+    return TaskLowRank(
+        {i: updates(b) for i, b in enumerate(backbone.image.blocks) if i >= first_block},
+        {i: updates(b) for i, b in enumerate(backbone.text.blocks)},
+        scale=rank**-0.5,
+    )
+
+
+def random_weights(backbone: Backbone, seed: int = 0, *, first_block: int = 0) -> TaskWeights:
+    """Make weights that matter: of image blocks from one on, of what follows, and of all text."""
+    generator = torch.Generator().manual_seed(seed)
+    image = backbone.image
+    own = {id(p) for block in image.blocks[first_block:] for p in block.block.parameters()}
+    for name in image.behind:
+        part = getattr(backbone.model.visual, name, None)
+        if part is not None:
+            own |= {id(p) for p in ([part] if isinstance(part, Tensor) else part.parameters())}
+    deltas = {
+        name: 0.05 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in backbone.model.named_parameters()
+        if id(parameter) in own or not name.startswith(("visual.", "logit_"))
+    }
+    return TaskWeights(deltas, first_block)
+
+
+def merged(backbone: Backbone, task: TaskLowRank | TaskWeights) -> Backbone:
+    """Build the backbone whose weights are those that a task computes with."""
+    model = copy.deepcopy(backbone.model)
+    changed = wrap(model, name="merged", tokenizer=backbone.tokenizer)
+    if isinstance(task, TaskWeights):
+        for name, delta in task.deltas.items():
+            model.get_parameter(name).add_(delta)
+        return changed
+    assert changed.text is not None
+    for blocks, updates in ((changed.image.blocks, task.vision), (changed.text.blocks, task.text)):
+        for index, update in updates.items():
+            linears = blocks[index].linears
+            assert linears is not None
+            for layer, factors in zip(linears, (update.fc, update.proj), strict=True):
+                layer.weight.add_(task.scale * factors.up_RO.mT @ factors.down_RI)
+    return changed
