@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from service.bench.console import check_installed, end_in_order, err, fail, out
+from service.bench.methods.command import methods
 from service.bench.replicas.command import replicas
 
 __all__ = ["bench_commands"]
 
 bench_commands = typer.Typer(no_args_is_help=True, help="Measure learning, and speed.")
 bench_commands.command()(replicas)
+bench_commands.command()(methods)
 
 
 class PrecisionName(StrEnum):
