@@ -99,7 +99,7 @@ class Startup:
         residency = self._make_residency(store, unified, engine, classifier)
         reservoir = await self._open_reservoir()
         signals = Signals(live=residency.live, metrics=self._metrics, reservoir=reservoir)
-        tasks = self._make_tasks(registry, store, engine, residency, signals)
+        tasks = self._make_tasks(registry, store, engine, unified, residency, signals)
         board = self._make_board(shared)
         heartbeat = self._start_heartbeat(board, residency, backbone)
         follower = self._make_follower(tasks, registry, board, heartbeat)
@@ -324,6 +324,7 @@ class Startup:
         registry: Registry,
         store: BundleStore,
         engine: Engine,
+        unified: UnifiedModels,
         residency: Residency,
         signals: Signals,
     ) -> Tasks:
@@ -335,6 +336,7 @@ class Startup:
             registry=registry,
             store=store,
             sources=Sources(settings.bundle_sources, timeout_s=settings.upload_timeout_s),
+            unified=unified,
             residency=residency,
             reconciler=reconciler,
             overlap=Overlap(engine=engine, live=residency.live, bundle=store.path, metrics=metrics),

@@ -129,6 +129,14 @@ class BundleStore:
             _fsync(self._bundles)
         return target
 
+    def has(self, digest: str) -> bool:
+        """Whether there is a file here, or in the shared store; whether it is whole, is not seen.
+
+        Raises:
+            StorageError: the shared store cannot be used now.
+        """
+        return self.path(digest).exists() or (self.shared is not None and self.shared.has(digest))
+
     def spare(self, digest: str) -> None:
         """Let nobody take a file away that the registry is about to name for the first time.
 

@@ -76,6 +76,10 @@ def show(task: str, url: Url = DEFAULT_URL, key: ReadKey = None, as_json: Json =
             v.created_at,
         )
     out.print(table)
+    for v in answer.versions:
+        if v.unified is not None:
+            said = f"{v.version}: {v.method}, loaded from the unified model {v.unified}"
+            out.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @task_commands.command()

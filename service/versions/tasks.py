@@ -36,6 +36,7 @@ from service.versions.live import Key, Live, Resident, Snapshot
 from service.versions.operations import Operations, Started
 from service.versions.overlap import Overlap
 from service.versions.residency import Residency
+from service.versions.unified import UnifiedModels
 from service.wire.rollout_schemas import RolloutRecord, candidates, read_record
 
 __all__ = ["RESERVED_NAMES", "Registered", "Tasks", "Then", "Wanted"]
@@ -111,6 +112,7 @@ class Tasks:
         registry: Registry,
         store: BundleStore,
         sources: Sources,
+        unified: UnifiedModels,
         residency: Residency,
         reconciler: Reconciler,
         overlap: Overlap,
@@ -120,6 +122,7 @@ class Tasks:
         self._registry = registry
         self._store = store
         self._sources = sources
+        self._unified = unified
         self._residency = residency
         self._reconciler = reconciler
         self._overlap = overlap
@@ -200,6 +203,8 @@ class Tasks:
         self, wanted: Wanted, source: str, *, then: Then = _as_it_is
     ) -> Started[Registered]:
         """Get a bundle from one of the sources; as `receive`, and the fetch is in the operation.
+
+        If it names a unified model that is not here, that is got from beside it.
 
         Raises:
             AccessError, RequestError: this source may not be fetched.
@@ -304,7 +309,15 @@ class Tasks:
         with self._store.upload(self._max_bundle_bytes) as upload:
             await self._sources.fetch(source, upload)
             self._on_step("received")
+            await self._fetch_unified(upload, source)
             return await self._register(wanted, upload, then)
+
+    async def _fetch_unified(self, upload: Upload, source: str) -> None:
+        """Have the unified model that a bundle names which was fetched, if it names one."""
+        async with self._verifying:
+            fusion = (await asyncio.to_thread(self._residency.read, upload.path)).manifest.fusion
+        if fusion is not None:  # no other registration waits while a source takes its time
+            await self._unified.fetch(fusion.unified, source, self._sources)
 
     async def _register(self, wanted: Wanted, upload: Upload, then: Then) -> Registered:
         with upload:

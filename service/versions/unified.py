@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medley.errors import BundleError
-from medley.unified import Unified, read_unified
+from medley.unified import Unified, read_unified, unified_name
+from service.bundles.sources import Sources
 from service.bundles.store import BundleStore, Upload
 from service.errors import RequestError
 from service.registry.desired import Desired, VersionRecord
@@ -103,14 +104,23 @@ class UnifiedModels:
             async for chunk in chunks:
                 await asyncio.to_thread(upload.write, chunk)
             await asyncio.to_thread(upload.finish)
-            async with self._reading:
-                self._let_go()
-                unified = await asyncio.to_thread(self._verify, upload, digest)
-                new = not self._store.path(digest).exists()
-                await asyncio.to_thread(self._store.keep, upload, digest)
-                self._keep(unified)
-        self._waiting[digest] = _Waiting(unified.manifest.method, time.monotonic())
-        return new
+            return await self._take_in(upload, digest)
+
+    async def fetch(self, digest: str, bundle: str, sources: Sources) -> None:
+        """Have one that a bundle names which came from an address; it is looked for beside it.
+
+        Raises:
+            BundleError: there is none (`unified_missing`), or as for `receive`.
+            PayloadError, StorageError, UnavailableError: as for `receive`.
+        """
+        if await asyncio.to_thread(self._store.has, digest):
+            return
+        with self._store.upload(self._max_bytes) as upload:
+            try:
+                await sources.fetch(f"{bundle.rpartition('/')[0]}/{unified_name(digest)}", upload)
+            except RequestError as error:
+                raise _missing(digest) from error
+            await self._take_in(upload, digest)
 
     def all(self, desired: Desired) -> list[UnifiedModel]:
         """Those that versions name, and those that wait to be; by digest. Looks at the disk."""
@@ -122,6 +132,16 @@ class UnifiedModels:
                 versions.setdefault(record.unified, []).append(f"{record.task}@{record.version}")
         found = [self._model(d, methods[d], tuple(versions[d])) for d in sorted(versions)]
         return [one for one in found if one.here or one.versions]
+
+    async def _take_in(self, upload: Upload, digest: str) -> bool:
+        async with self._reading:
+            self._let_go()
+            unified = await asyncio.to_thread(self._verify, upload, digest)
+            new = not self._store.path(digest).exists()
+            await asyncio.to_thread(self._store.keep, upload, digest)
+            self._keep(unified)
+        self._waiting[digest] = _Waiting(unified.manifest.method, time.monotonic())
+        return new
 
     def _model(
         self, digest: str, method: Literal["lora", "finetune"], versions: tuple[str, ...]

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from medley.backbone import Backbone
 from service.commands import commands
 from service.commands.pictures import batches
 from tests.service.conftest import ROOT, MakeBundle, ServerProcess
+from tests.service.fused import made_fusion
 from tests.service.scripted import Answer, scripted
 
 RUNNER = CliRunner(env={"COLUMNS": "120"})
@@ -50,6 +52,30 @@ def test_a_task_is_registered_used_rolled_back_and_deleted(
     assert medley("task", "delete", "typed", "--version", "2", *url).exit_code == 0
     assert medley("task", "delete", "typed", *url).stdout == "typed is gone\n"
     assert "typed" not in medley("task", "list", *url).stdout
+
+
+def test_a_trigger_bundle_takes_its_unified_model_along_once(
+    server: ServerProcess, backbone: Backbone, tmp_path: Path
+) -> None:
+    url = ("--url", server.url)
+    fusion = made_fusion(tmp_path, backbone, ("typed-birds", "typed-cars"), seed=3)
+    aside = tmp_path / "aside"
+    fusion.path.rename(aside)
+
+    alone = medley("task", "register", fusion.file("typed-birds"), *url)
+    assert (alone.exit_code, alone.stdout) == (2, "")
+    assert f"there is no {fusion.path}" in alone.stderr.replace("\n", "")
+
+    aside.rename(fusion.path)
+    first = medley("task", "register", fusion.file("typed-birds"), *url)
+    assert first.stdout == "typed-birds@1 is registered; live: 1\n", first.stderr
+    fusion.path.unlink()  # the server has it by now
+    second = medley("task", "register", fusion.file("typed-cars"), *url)
+    assert second.exit_code == 0, second.stderr
+    shown = json.loads(medley("task", "show", "typed-cars", "--json", *url).stdout)
+    assert shown["versions"][0]["unified"] == fusion.digest
+    for task in fusion.bundles:
+        medley("task", "delete", task, *url)
 
 
 def test_all_that_can_be_done_with_a_task_can_be_typed(

@@ -148,6 +148,16 @@ def test_a_unified_model_stays_until_the_last_version_that_names_it_is_gone(open
     assert one.shared.digests() == set()
 
 
+def test_a_file_that_is_about_to_be_named_again_is_spared(opened: Open) -> None:
+    one, other = opened("one"), opened("other", arriving_s=60)
+    one.keep(0)
+    other.store.spare(DIGESTS[0])  # its bytes are there: nothing is put
+
+    assert one.collect().deleted == set()
+    one.commit_fused(1, 0)
+    assert one.collect().named >= {DIGESTS[0]}
+
+
 def test_a_bundle_that_nobody_needs_any_more_goes_and_no_other(opened: Open) -> None:
     one, other = opened("one"), opened("other")
     one.register(0)

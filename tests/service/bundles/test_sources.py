@@ -12,10 +12,12 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from medley.backbone import Backbone
 from service.bundles.sources import Sources, check_prefix
 from service.errors import RequestError
 from service.settings import Settings
 from tests.service.conftest import MakeBundle, OpenApp
+from tests.service.fused import made_fusion
 
 
 def fetch(http: httpx.Client, source: object, version: str = "1") -> httpx.Response:
@@ -38,6 +40,26 @@ def test_a_bundle_in_a_folder_is_registered_by_its_address(
         assert created.json()["versions"][0]["size_bytes"] == len(data)
         assert fetch(http, f"{shelf}/pets/1.safetensors").status_code == 200
         assert list((tmp_path / "store" / "incoming").iterdir()) == []
+
+
+def test_a_trigger_bundle_in_a_folder_brings_its_unified_model_from_beside_it(
+    open_app: OpenApp, backbone: Backbone, tmp_path: Path
+) -> None:
+    fusion = made_fusion(tmp_path / "shelf", backbone, ("birds", "cars"))
+    birds, cars = (f"{fusion.file(task)}" for task in fusion.bundles)
+    aside = fusion.path.rename(tmp_path / "aside")
+
+    with open_app(bundle_sources=f"{fusion.folder}") as http:
+        alone = http.put("/v1/tasks/birds/versions/1", json={"source": birds})
+        assert (alone.status_code, alone.json()["code"]) == (422, "unified_missing")
+
+        aside.rename(fusion.path)
+        created = http.put("/v1/tasks/birds/versions/1", json={"source": birds})
+        assert created.status_code == 201, created.text
+        assert created.json()["versions"][0]["unified"] == fusion.digest
+
+        fusion.path.write_bytes(b"not looked at again")
+        assert http.put("/v1/tasks/cars/versions/1", json={"source": cars}).status_code == 201
 
 
 def test_a_server_without_sources_fetches_nothing(open_app: OpenApp, tmp_path: Path) -> None:
