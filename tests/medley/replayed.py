@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from medley.backbone import Backbone
 from medley.classifier import Ask, Classifier, Routed
-from medley.experts import TaskExperts
+from medley.experts import TaskUpdate
 from medley.pool import Capacity
 from medley.precision import Precision
 from medley.replay import ReplayedClassifier
@@ -105,7 +105,7 @@ class Pair:
         return self.enter(experts, seed=seed, selector=selector)
 
     def enter(
-        self, task: TaskExperts | PackedTask, *, seed: int, selector: TaskSelector | None = None
+        self, task: TaskUpdate | PackedTask, *, seed: int, selector: TaskSelector | None = None
     ) -> int:
         path = self.model.load(task)
         chance, width = torch.Generator().manual_seed(seed), self.model.backbone.image.width

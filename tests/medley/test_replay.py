@@ -31,7 +31,7 @@ from tests.medley.replayed import (
     tiny_on,
     unclaimed,
 )
-from tests.models import random_experts, tiny_backbone
+from tests.models import random_experts, random_low_rank, random_weights, tiny_backbone
 from tests.streams import LateStreams
 
 
@@ -145,6 +145,30 @@ def test_neighbours_are_captured_when_first_asked_for(backbone: Backbone) -> Non
     pair.unload(path)
     assert pair.check(4, [Ask(eligible=frozenset(), nearest=2)]).others[0][0].path == another
     assert pair.captured() == ["selection", "nearest"]
+
+
+def test_what_follows_paths_is_captured_again_when_what_it_reads_is_elsewhere(
+    backbone: Backbone,
+) -> None:
+    """The first low-rank task takes memory, and each that has weights of its own brings them."""
+    pair = Pair(backbone, buckets=(4,), first_expert_block=1)
+    asks = unclaimed(pair.load(1))
+    pair.check(4, asks)
+    pair.captured()
+    low_rank = [random_low_rank(backbone, seed, first_block=1) for seed in (2, 3)]
+    whole = random_weights(backbone, 4, first_block=2)
+    paths: list[int] = []
+    for task, expected in (
+        (low_rank[0], ["selection", "encoding", "nearest", "along"]),
+        (low_rank[1], ["selection", "nearest"]),
+        (whole, ["selection", "encoding", "nearest", "along"]),
+    ):
+        paths.append(pair.enter(task, seed=len(paths)))
+        pair.check(8, [*unclaimed(*paths), *mixed(*paths)])
+        assert pair.captured() == expected
+    pair.unload(paths.pop())
+    pair.check(8, [*unclaimed(*paths), *mixed(*paths)])
+    assert pair.captured() == ["selection", "encoding", "nearest", "along"]
 
 
 def test_another_depth_of_the_trunk_captures_all_of_it_again(backbone: Backbone) -> None:
