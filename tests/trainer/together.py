@@ -33,12 +33,15 @@ class Run:
 
 # 33 images to learn from: an epoch's last batch of 8 has one, so that somebody has none.
 ODD = replace(BASE, batch_size=8)
+RANKS = replace(BASE, bottleneck=16, redundancy_weight=0.5)  # two groups of eight
 RUNS = {
     "cached": Run(BASE),
     "last batch of one": Run(replace(ODD, hold_out=0.3), per_class=16),
     "each image once": Run(replace(BASE, iterations=3)),
     "balanced": Run(replace(BASE, balance=0.1, num_experts=5)),
     "counted": Run(replace(BASE, freeze="count", augmented_copies=0)),
+    "correlated": Run(replace(RANKS, redundancy="feature_correlation")),
+    "cosines": Run(replace(RANKS, redundancy="output_cosine", batch_size=8, iterations=6)),
     "few shots": Run(replace(BASE, shots=5)),
     "resumed": Run(BASE, resume=True),
 }
