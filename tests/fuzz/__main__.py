@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tests.fuzz.bundles import Bundles, Resealed
 from tests.fuzz.campaign import Result, Target, case, run
+from tests.fuzz.fusions import Fusions
 from tests.fuzz.images import Images
 from tests.fuzz.served import IMAGES_PER_REQUEST, Requests, Served, Uploads
 from tests.service.conftest import ServerProcess, running_server
@@ -44,6 +45,7 @@ def main(
     good = here("images", Images, 100_000)
     good &= here("bundles", Bundles, 100_000)
     good &= here("resealed", Resealed, 20_000)
+    good &= here("fusions", Fusions, 20_000)
     with TemporaryDirectory() as store, running_server(Path(store)) as server:
         url = server.url
         good &= here("served", partial(Served, url), 100_000 // IMAGES_PER_REQUEST, server=server)

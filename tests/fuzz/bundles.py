@@ -29,7 +29,7 @@ from tests.fuzz.mutation import mutated
 from tests.models import tiny_backbone
 from tests.service.made import make_bundle
 
-__all__ = ["Bundles", "Resealed"]
+__all__ = ["Bundles", "Resealed", "change_tensor", "change_text"]
 
 _STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 64, 2**31, 2**63, 1e308, -0.5, 1e-300, float("nan")),
@@ -90,9 +90,9 @@ class Resealed:
         text = json.loads(bundle.manifest.model_dump_json())
         tensors = {name: tensor.clone() for name, tensor in bundle.tensors.items()}
         for _ in range(random.choice((0, 0, 1, 2))):
-            _change_text(text, random)
+            change_text(text, random)
         for _ in range(random.randint(0, 2)):
-            _change_tensor(tensors, random)
+            change_tensor(tensors, random)
         if random.random() < 0.7:
             _fit_digests(text, Bundle(bundle.manifest, tensors))
         text.pop("seal", None)
@@ -128,7 +128,7 @@ class Resealed:
         return self._classifier.route(self._pixels, asks).features_BE.clone()
 
 
-def _change_text(text: dict[str, Any], random: Random) -> None:
+def change_text(text: dict[str, Any], random: Random) -> None:
     """Change, remove or add one entry somewhere in a JSON tree."""
     node: Any = text
     while True:
@@ -150,7 +150,7 @@ def _change_text(text: dict[str, Any], random: Random) -> None:
         node[key] = random.choice(_STRANGE)
 
 
-def _change_tensor(tensors: dict[str, Tensor], random: Random) -> None:
+def change_tensor(tensors: dict[str, Tensor], random: Random) -> None:
     """Change, cast, reshape, remove or rename one tensor."""
     name = random.choice(sorted(tensors))
     tensor, act = tensors[name], random.randrange(6)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.fuzz.bundles import Bundles, Resealed
 from tests.fuzz.campaign import Chunk, Result, Target, chunk
+from tests.fuzz.fusions import Fusions
 from tests.fuzz.images import Images, corpus, with_checksums
 from tests.fuzz.mutation import mutated
 from tests.fuzz.served import Requests, Served, Uploads
@@ -19,6 +20,7 @@ OFFLINE: dict[str, Callable[[], Target]] = {
     "images": Images,
     "bundles": Bundles,
     "resealed": Resealed,
+    "fusions": Fusions,
 }
 ONLINE: dict[str, Callable[[str], Target]] = {
     "served": Served,
@@ -29,6 +31,7 @@ COUNT = {
     "images": 3000,
     "bundles": 3000,
     "resealed": 150,
+    "fusions": 150,
     "served": 8,
     "requests": 300,
     "uploads": 50,
