@@ -468,8 +468,11 @@ DEVICE = Board(
     (
         panel(
             "Expert slots",
-            {"{{instance}} {{state}}": "medley_bundle_slots{ME}"},
-            "Of the fullest block: with none free, versions leave for others.",
+            {
+                "{{instance}} {{state}}": "medley_bundle_slots{ME}",
+                "{{instance}} {{kind}} {{state}}": "medley_fused_slots{ME}",
+            },
+            "Of the fullest block, and of fused versions; with none free, versions leave.",
             width=8,
         ),
         panel(

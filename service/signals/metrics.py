@@ -193,6 +193,12 @@ class Metrics:
             ["state"],
             registry=registry,
         )
+        self.fused_slots = Gauge(
+            "medley_fused_slots",
+            "Room for versions from unified models: low-rank updates, models of their own",
+            ["kind", "state"],
+            registry=registry,
+        )
         self.bundle_loads = Counter(
             "medley_bundle_loads", "Admissions by result", ["result"], registry=registry
         )

@@ -153,9 +153,16 @@ class Loader:
         self._measure_slots()
 
     def _measure_slots(self) -> None:
-        model, slots = self._classifier.model, self._metrics.bundle_slots
-        slots.labels("free").set(model.free_slots)
-        slots.labels("used").set(model.capacity.slots - model.free_slots)
+        model, metrics = self._classifier.model, self._metrics
+        capacity = model.capacity
+        metrics.bundle_slots.labels("free").set(model.free_slots)
+        metrics.bundle_slots.labels("used").set(capacity.slots - model.free_slots)
+        for kind, free, slots in (
+            ("low_rank", model.free_low_rank_slots, capacity.low_rank_slots),
+            ("model", model.free_models, capacity.models),
+        ):
+            metrics.fused_slots.labels(kind, "free").set(free)
+            metrics.fused_slots.labels(kind, "used").set(slots - free)
 
 
 def _victims(
