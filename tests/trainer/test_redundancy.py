@@ -14,6 +14,7 @@ from medley.errors import DataError
 from tests.models import tiny_backbone
 from tests.trainer.test_experts import WIDTH, frozen_experts
 from tests.trainer.test_training import IMAGES, Watch
+from trainer.commands import RedundancyName
 from trainer.distributed import Team
 from trainer.experts import BlockMixture, ExpertConfig
 from trainer.methods import Lora, MoeAdapter
@@ -380,3 +381,7 @@ def test_a_method_without_low_rank_updates_learns_without() -> None:
     on = replace(SETTINGS, redundancy="weight")
     assert on.for_method("finetune").redundancy == "off"
     assert on.for_method("lora").redundancy == "weight"
+
+
+def test_the_command_knows_every_measure() -> None:
+    assert [name.value for name in RedundancyName] == ["off", *MEASURES]

@@ -32,6 +32,7 @@ class AblationName(StrEnum):
     RELU = "relu"
     ALPHA = "alpha"
     REDUNDANCY = "redundancy"
+    REDUNDANCY_LORA = "redundancy_lora"
 
 
 def ablation_command(

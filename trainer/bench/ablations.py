@@ -13,7 +13,7 @@ from medley.backbone import Backbone
 from medley.errors import DataError
 from trainer.ddas import DEFAULT_CODE_SIZE, DEFAULT_FEATURES
 from trainer.redundancy import MEASURES
-from trainer.settings import TrainSettings
+from trainer.settings import METHOD_DEFAULTS, TrainSettings
 
 __all__ = ["ABLATIONS", "Ablation", "Arms", "ablation"]
 
@@ -185,6 +185,15 @@ ABLATIONS = {
             kind="learning",
             tasks=LEARNT,
             arms=_redundancy,
+            against="off",
+        ),
+        Ablation(
+            name="redundancy_lora",
+            question="Does it pay to keep groups of ranks of LoRA from doing the same?",
+            kind="learning",
+            tasks=LEARNT,
+            arms=_redundancy,
+            base={"method": "lora", **METHOD_DEFAULTS["lora"]},
             against="off",
         ),
     )

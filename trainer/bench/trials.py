@@ -29,10 +29,11 @@ from trainer.ddas import DEFAULT_FEATURES, fit_selector
 from trainer.export import BUCKET
 from trainer.freezing import keep, measure_usage
 from trainer.frozen import frozen_buckets, frozen_taps
-from trainer.methods import FrozenExperts, MoeAdapter
+from trainer.methods import FrozenExperts, Learner, Lora, MoeAdapter
 from trainer.redundancy import MEASURES, SubspaceRedundancy
 from trainer.settings import TrainSettings
 from trainer.training import Trained, train
+from trainer.trunk import ImageTrunk
 
 __all__ = ["Metrics", "learning_trial", "routing_trial"]
 
@@ -47,7 +48,7 @@ AFTER_TRAINING = (
 
 
 def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
-    """Train experts for one task, the task told.
+    """Train experts, or LoRA, for one task, the task told.
 
     Args:
         course: with the settings of the arm.
@@ -58,25 +59,25 @@ def learning_trial(course: Course, task: str, trained: Path) -> Metrics:
     Returns:
         ``trained``: accuracy of the learner as it was trained; ``kept``: that of the experts that
         a bundle would hold, where it could; parameters; processor seconds; and by each measure how
-        redundant the image experts are for images they were trained on.
+        redundant the updates of the image tower are for images they were trained on.
     """
     result, cpu_seconds = _trained(course, task, trained)
-    learner, settings = result.learner, course.settings
-    assert isinstance(learner, MoeAdapter)
-    usage = measure_usage(learner, result.trunk, settings)
-    kept = keep(learner, FrozenExperts(), usage, settings)
-    counts = learner.counts(kept)
-    test = course.test[task]
+    learner, settings, test = result.learner, course.settings, course.test[task]
+    assert isinstance(learner, MoeAdapter | Lora)
     metrics: Metrics = {
         "trained": _trained_accuracy(course, learner, test),
-        "stored parameters": counts.stored,
-        "active parameters": counts.active,
         "CPU seconds": cpu_seconds,
-        **_redundancies(result, settings),
+        **_redundancies(learner, result.trunk, settings),
     }
-    if settings.relu:  # a bundle's experts have one
-        metrics["kept"] = _kept_accuracy(course, kept, test)
-    return metrics
+    counts = learner.counts()
+    if isinstance(learner, MoeAdapter):
+        kept = keep(
+            learner, FrozenExperts(), measure_usage(learner, result.trunk, settings), settings
+        )
+        counts = learner.counts(kept)
+        if settings.relu:  # a bundle's experts have one
+            metrics["kept"] = _kept_accuracy(course, kept, test)
+    return metrics | {"stored parameters": counts.stored, "active parameters": counts.active}
 
 
 def routing_trial(course: Course, arm: Mapping[str, Any]) -> Metrics:
@@ -136,10 +137,10 @@ def _trained(course: Course, task: str, folder: Path) -> tuple[Trained, float]:
     return result, float(json.loads(took.read_bytes())["cpu_seconds"])
 
 
-def _redundancies(result: Trained, settings: TrainSettings) -> Metrics:
-    learner, few = result.learner, np.arange(min(LOOKED_AT, len(result.trunk.images)))
-    assert isinstance(learner, MoeAdapter)
-    entrance = result.trunk.batch(few, 0)
+def _redundancies(
+    learner: MoeAdapter | Lora, trunk: ImageTrunk, settings: TrainSettings
+) -> Metrics:
+    entrance = trunk.batch(np.arange(min(LOOKED_AT, len(trunk.images))), 0)
     return {
         measure: float(
             learner.redundancy(
@@ -161,7 +162,7 @@ def _identity(course: Course, task: str, part: ImageSet) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _trained_accuracy(course: Course, learner: MoeAdapter, test: ImageSet) -> float:
+def _trained_accuracy(course: Course, learner: Learner, test: ImageSet) -> float:
     text_CE = learner.text_features_of(test.class_names, test.templates)
     parts = [
         learner.image_features_of(frozen.hidden_BLD)[:count]

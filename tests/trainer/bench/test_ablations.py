@@ -172,6 +172,20 @@ def cells() -> list[Cell]:
     ]
 
 
+def test_an_arm_is_compared_with_another_of_the_same_seed_and_task() -> None:
+    against = replace(FREEZE, against="b")
+    measured = [replace(c, metrics={**c.metrics, "weight": 0.25}) for c in cells()]
+    text = markdown(against, measured, command="medley", machine="2 cores")
+    head, _, *rows = [
+        line for line in text.split("the seeds, left out")[1].splitlines() if "|" in line
+    ]
+    assert "| mean, kept | against b | better : worse | stored parameters |" in head
+    # Seed 0 of both tasks is as good; seeds 1 and 2 are better by 1 and 2 points.
+    assert "| 61.0 +- 1.0 | - | +1.0 +- 1.0 | 4 : 0 |" in rows[0]
+    assert "| 60.0 | - | +0.0 | 0 : 0 |" in rows[1]
+    assert rows[0].endswith("| - | - | - | 0.250 |")
+
+
 def test_the_report_has_mean_and_spread_over_seeds() -> None:
     text = markdown(FREEZE, cells(), command="medley", machine="2 cores")
     head, _, *rows = [
