@@ -14,10 +14,10 @@ from medley.errors import DataError
 from tests.models import tiny_backbone
 from tests.trainer.test_experts import WIDTH, frozen_experts
 from tests.trainer.test_training import IMAGES, Watch
-from trainer.commands import RedundancyName
 from trainer.distributed import Team
 from trainer.experts import BlockMixture, ExpertConfig
 from trainer.methods import Lora, MoeAdapter
+from trainer.options import RedundancyName
 from trainer.redundancy import (
     LEAST_RANKS,
     MEASURES,
