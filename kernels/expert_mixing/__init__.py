@@ -4,7 +4,6 @@ from kernels.expert_mixing.ops import (
     add_low_rank_,
     expert_mixing,
     expert_mixing_norm,
-    low_rank,
     mix,
 )
 from kernels.expert_mixing.reference import choose, route
@@ -14,7 +13,6 @@ __all__ = [
     "choose",
     "expert_mixing",
     "expert_mixing_norm",
-    "low_rank",
     "mix",
     "route",
 ]

@@ -19,7 +19,6 @@ __all__ = [
     "add_low_rank_",
     "expert_mixing",
     "expert_mixing_norm",
-    "low_rank",
     "mix",
     "mix_cuda",
 ]
@@ -126,20 +125,6 @@ def expert_mixing_norm(
     if x_BLD.device.type == "cuda":
         return expert_mixing_norm_cuda(x_BLD, *routing, *norm, max_top_k, eps)
     return reference.expert_mixing_norm(x_BLD, *routing, *norm, max_top_k=max_top_k, eps=eps)
-
-
-def low_rank(
-    x_BLI: Tensor, slots_B: Tensor, down_SRI: Tensor, up_SRO: Tensor, scale_S: Tensor
-) -> Tensor:
-    """Return each row's low-rank update alone, (B, L, O) in x's dtype, zero where there is none.
-
-    `add_low_rank_` with the layer's output does with one pass over it less.
-
-    Raises:
-        ValueError: as `add_low_rank_`.
-    """
-    y_BLO = x_BLI.new_zeros(*x_BLI.shape[:2], up_SRO.shape[-1])
-    return add_low_rank_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
 
 
 def add_low_rank_(

@@ -15,6 +15,7 @@ from medley.journal import Conditions, Journal, Measurement
 from trainer.speed.baselines import oracle
 from trainer.speed.baselines.oracle import relative_error
 from trainer.speed.block import Block, Shape, make_block
+from trainer.speed.low_rank import check_low_rank
 from trainer.speed.norm import EPS, random_norm, within
 from trainer.speed.timing import reason
 
@@ -38,6 +39,7 @@ def check_kernels(
         name = str(dtype).removeprefix("torch.")
         at: Conditions = {"shape": shape.name, "dtype": name, "batch": BATCH, "mix": mix}
         _write(journal, at, _mixing(block), LIMITS[dtype])
+        _write_errors(journal, at, check_low_rank(shape, BATCH, mix, dtype, device), LIMITS[dtype])
     at = {"shape": f"feature {WIDTH}", "dtype": "float32", "batch": BATCH, "mix": f"{TASKS} tasks"}
     _write(journal, at, _autoencoders(device), LIMITS[torch.float32])
 
@@ -53,12 +55,18 @@ def _write(
     results: Iterator[tuple[str, Tensor, Tensor]],
     limit: float,
 ) -> None:
+    errors = ((name, relative_error(got, exact)) for name, got, exact in results)
+    _write_errors(journal, at, errors, limit)
+
+
+def _write_errors(
+    journal: Journal, at: Conditions, errors: Iterator[tuple[str, float]], limit: float
+) -> None:
     try:
-        for name, got, exact in results:
-            values = {"error": relative_error(got, exact), "limit": limit}
-            journal.add("check", at, name, values=values)
-    except Exception as error:  # a kernel that does not even start is a result of the run
-        journal.add("check", at, "stopped", values={"limit": limit}, failure=reason(error))
+        for name, error in errors:
+            journal.add("check", at, name, values={"error": error, "limit": limit})
+    except Exception as failure:  # a kernel that does not even start is a result of the run
+        journal.add("check", at, "stopped", values={"limit": limit}, failure=reason(failure))
 
 
 def _mixing(block: Block) -> Iterator[tuple[str, Tensor, Tensor]]:

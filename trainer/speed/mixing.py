@@ -21,6 +21,7 @@ from trainer.speed.baselines.rows import routed
 from trainer.speed.block import SHAPES, Block, Shape, make_block, mixes_of
 from trainer.speed.ceiling import measure_ceiling
 from trainer.speed.checks import check_kernels
+from trainer.speed.low_rank import LARGEST, LowRankPlan, measure_low_rank
 from trainer.speed.norm import norm_passes
 from trainer.speed.timing import Pass, Timed, Work, graphed, in_turns, over, reason
 
@@ -52,8 +53,25 @@ class KernelsPlan:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     compiled: bool = False
 
+    @property
+    def low_rank(self) -> LowRankPlan:
+        """The rows of low-rank updates, of the first shape."""
+        cuda = self.device.type == "cuda"
+        return LowRankPlan(
+            device=self.device,
+            shape=self.shapes[0],
+            batches=tuple(batch for batch in self.batches if cuda or batch <= LARGEST),
+            dtypes=self.dtypes,
+            repeats=self.repeats,
+        )
+
+    @property
+    def steps(self) -> int:
+        """How many rows there are."""
+        return len(list(self.rows())) + len(list(self.low_rank.rows()))
+
     def rows(self) -> Iterator[tuple[torch.dtype, Shape, int, str]]:
-        """Every row once."""
+        """Every row of the expert branch once."""
         for dtype, shape, batch in product(self.dtypes, self.shapes, self.batches):
             for mix in mixes_of(batch):
                 yield dtype, shape, batch, mix
@@ -78,6 +96,7 @@ def measure_kernels(
         with torch.inference_mode():
             _measure_row(journal, plan, block, conditions)
         on_row(1)
+    measure_low_rank(journal, plan.low_rank, on_row=on_row)
 
 
 def _measure_row(

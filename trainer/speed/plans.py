@@ -50,8 +50,7 @@ def kernels_bench(
         repeats=repeats or _repeats(device),
         compiled=compiled,
     )
-    steps = len(list(plan.rows()))
-    return Bench("kernels", steps, lambda to, on: measure_kernels(to, plan, on_row=on))
+    return Bench("kernels", plan.steps, lambda to, on: measure_kernels(to, plan, on_row=on))
 
 
 def model_bench(

@@ -9,6 +9,7 @@ from medley.markdown import NOTHING, table
 from medley.rows import Quartiles, Row, rows_of
 from trainer.speed.baselines.columns import DISPATCHER, OURS
 from trainer.speed.checks import right
+from trainer.speed.low_rank import ALONE
 from trainer.speed.mixing import PREDICTED_US, ROUTER
 from trainer.speed.scoring import FORWARD
 from trainer.speed.swapping import LEAK, PARTS, THROUGHPUT
@@ -91,6 +92,17 @@ def _shares(lines: Sequence[Measurement]) -> str:
         "was made before a device was seen, for one block with many tasks.\n\n"
         + table((*head, "of the ceiling", "error of y"), rows)
     )
+
+
+def _low_rank(lines: Sequence[Measurement]) -> str:
+    rows = []
+    for row in rows_of(lines, "low rank"):
+        at = [str(row.conditions[key]) for key in ("shape", "dtype", "batch", "mix")]
+        for name in row.columns:
+            over = _over(row.ratio(name, _like(name, ALONE)))
+            rows.append((*at, name, _milliseconds(row, name), over))
+    head = ("shape", "dtype", "batch", "mix", "column", "ms, median (quartiles)", "over alone")
+    return table(head, rows) if rows else ""
 
 
 def _model(lines: Sequence[Measurement]) -> str:
@@ -240,6 +252,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Measurement]], str]]] = {
     "check": ("Correctness", _checks),
     "ceiling": ("What the machine can do", _ceiling),
     "kernels": ("The expert branch of one block", _kernels),
+    "low rank": ("Low-rank updates of an MLP's linear layers", _low_rank),
     "model": ("Whole towers", _model),
     "ddas": ("Deciding among tasks", _ddas),
     "swap": ("Swapping tasks", _swap),

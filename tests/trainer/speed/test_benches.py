@@ -33,23 +33,27 @@ def measured(folder: Path, bench: Bench) -> list[Measurement]:
 def test_kernels_are_checked_then_timed_in_every_mix(tmp_path: Path) -> None:
     small = Shape("small", 9, 32)
     plan = KernelsPlan(device=CPU, batches=(1, 4), repeats=2, shapes=(small,))
-    rows = len(list(plan.rows()))
+    rows = plan.steps
 
     def run(journal: Journal, on_row: object) -> None:
         measure_kernels(journal, plan, on_row=seen.append)
 
     seen: list[int] = []
     found = measured(tmp_path, Bench("kernels", rows, run))
-    assert len(seen) == rows == 14
-    assert {line.bench for line in found} == {"check", "ceiling", "kernels"}
+    assert len(seen) == rows == 14 + 12
+    assert {line.bench for line in found} == {"check", "ceiling", "kernels", "low rank"}
     checks = [line for line in found if line.bench == "check"]
     assert all(line.values["error"] <= line.values["limit"] for line in checks)
     assert {line.column for line in checks} == {
         "expert_mixing",
         "expert_mixing_norm, r",
         "expert_mixing_norm, z",
+        "add_low_rank_, fc",
+        "add_low_rank_, proj",
         "autoencoder_errors",
     }
+    columns = {line.column for line in found if line.bench == "low rank"}
+    assert columns == {"layers alone", "medley", "gather + bmm"}
     timed = [line for line in found if line.bench == "kernels"]
     assert all(len(line.times_s) == 2 for line in timed)
     assert max(line.values.get("error", 0) for line in timed) < 2e-2
