@@ -42,6 +42,7 @@ RUNS = {
     "counted": Run(replace(BASE, freeze="count", augmented_copies=0)),
     "correlated": Run(replace(RANKS, redundancy="feature_correlation")),
     "cosines": Run(replace(RANKS, redundancy="output_cosine", batch_size=8, iterations=6)),
+    "lora": Run(replace(BASE, method="lora")),
     "few shots": Run(replace(BASE, shots=5)),
     "resumed": Run(BASE, resume=True),
 }
