@@ -33,6 +33,9 @@ PLAN = Plan(
 )
 
 
+KILLED_METHODS = ("finetune", "moe_adapter", "condu-lora")  # of the runs that a test kills
+
+
 def bench(
     backbone: Backbone,
     folder: Path,

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 from tests.models import tiny_backbone
-from tests.trainer.bench.course import bench
+from tests.trainer.bench.course import KILLED_METHODS, bench
 
 
 def killed_at(awaited: Path, folder: Path) -> bool:
     """Start a run, kill it as soon as the file is there; False: it had ended before."""
     child = os.fork()
     if child == 0:
-        bench(tiny_backbone(), folder)
+        bench(tiny_backbone(), folder, methods=KILLED_METHODS)
         os._exit(0)
     ended = 0
     while not awaited.exists() and not ended:
