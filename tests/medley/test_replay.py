@@ -6,8 +6,10 @@ copies and the rules of what is captured anew are the real ones. On a device gra
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle, islice, permutations
+from typing import Any
 
 import pytest
 import torch
@@ -240,6 +242,35 @@ def test_batches_in_flight_keep_to_themselves(backbone: Backbone, seed: int) -> 
         for _ in range(2):
             answers = flights[n].wait()
             assert_same(answers, pair.eager.route(*batches[n]), rounding=pair.rounding)
+
+
+@pytest.mark.parametrize("order", list(permutations(("main", "up", "down"))))
+def test_no_stream_runs_ahead_of_what_it_needs(on_cpu: Backbone, order: tuple[str, ...]) -> None:
+    """Each goes on as long as its events let it; two batches are in flight at a time."""
+    streams = LateStreams(0)
+    pair = Pair(on_cpu, streams=streams, first_expert_block=1)
+    asks = unclaimed(pair.load(1), pair.load(2))
+    pair.replayed.route(pair.pixels(8), asks[:8])
+    for turn in range(4):
+        batches = [
+            (
+                pair.pixels(count, seed=turn),
+                list(islice(cycle(asks), turn + count, turn + 2 * count)),
+            )
+            for count in (8 - turn, 3 + turn)
+        ]
+        flights = [pair.replayed.launch(*batch) for batch in batches]
+        drain([getattr(streams, name) for name in order])
+        for flight, batch in zip(flights, batches, strict=True):
+            assert flight.ready
+            assert_same(flight.wait(), pair.eager.route(*batch))
+
+
+@torch.inference_mode()
+def drain(streams: Sequence[Any]) -> None:
+    """Do all there is, always the next thing of the first stream that is able to."""
+    while able := [stream for stream in streams if stream.able]:
+        able[0].step()
 
 
 @pytest.mark.parametrize("count", [2, 9])
