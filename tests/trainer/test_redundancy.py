@@ -1,5 +1,7 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -270,6 +272,34 @@ def test_processes_look_at_the_tokens_that_one_alone_looks_at() -> None:
     parts = (Team(rank, 3).part(7) for rank in range(3))
     assert torch.equal(torch.cat([sampled(x_BLD[p.rows], p) for p in parts]), whole_BLD)
     assert torch.equal(sampled(x_BLD[:, :5], Team().part(7)), x_BLD[:, :5])
+
+
+@pytest.mark.parametrize("measure", NAMES)
+def test_processes_that_add_up_their_sums_see_the_whole_batch(measure: MeasureName) -> None:
+    """Threads stand for processes; test_distributed.py has real ones, and their gradients."""
+    how, shares = SubspaceRedundancy(measure=measure, groups=2), (3, 17, 0)
+    counted_SE, tokens_SI = (drawn(7, TOKEN_COUNT, EXPERTS) > -0.5).double(), drawn(1, 20, INPUTS)
+    frozen = [
+        groups(20, experts=1, tokens_SI=t_SI) for t_SI in (tokens_SI, *tokens_SI.split(shares))
+    ]
+    parts = zip(tokens_SI.split(shares), counted_SE.split(shares), frozen[1:], strict=True)
+    meeting, said = Barrier(len(shares)), [torch.empty(0)] * len(shares)
+
+    def redundancy(rank: int, tokens_SI: Tensor, counted_SE: Tensor, frozen: Groups) -> Tensor:
+        def total(own: Tensor) -> Tensor:
+            said[rank] = own
+            meeting.wait()
+            whole = torch.stack(said).sum(0)
+            meeting.wait()
+            return whole
+
+        return how.of(groups(tokens_SI=tokens_SI, counted_SE=counted_SE), frozen, total=total)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        found = [pool.submit(redundancy, rank, *part) for rank, part in enumerate(parts)]
+    whole = how.of(groups(counted_SE=counted_SE), frozen[0])
+    for one in found:
+        torch.testing.assert_close(one.result(), whole)
 
 
 def mixture(how: SubspaceRedundancy | None, **changed: Any) -> BlockMixture:
