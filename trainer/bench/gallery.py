@@ -31,6 +31,10 @@ ASIDE = (
 )
 
 
+VARIANTS = ("-once", "-alone")  # methods, likewise
+NO_MATRIX = ("labels", "ddas+aggregate", "labels+aggregate", "aggregate")  # only in bars and curves
+
+
 @dataclass(frozen=True)
 class Picture:
     """One file, drawn when it is needed."""
@@ -55,7 +59,7 @@ def gallery(records: Sequence[Record], results: Sequence[Result]) -> list[Pictur
 
 def _is_shown(method: str, router: str, _: str) -> bool:
     """Variants of aggregation and of fusing are compared in the tables."""
-    variant = "@" in router or router.endswith("-similarity") or method.endswith("-once")
+    variant = "@" in router or router.endswith("-similarity") or method.endswith(VARIANTS)
     return router not in ASIDE and not variant
 
 
@@ -81,7 +85,7 @@ def _matrices(
     records: Sequence[Record], results: Sequence[Result], seeds: str
 ) -> Iterator[Picture]:
     for result in results:
-        if result.changes and "aggregate" not in result.key[1]:
+        if result.changes and result.key[1] not in NO_MATRIX:
             caption = f"{result.protocol}: {result.name}, {seeds}"
             draw = partial(matrix_png, result.mean, records[0].order, title=caption)
             yield Picture(_file("matrix", *result.key), caption, draw)
