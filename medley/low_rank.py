@@ -227,16 +227,18 @@ class LowRankPool:
     def _memory(self) -> _Slots:
         capacity, count = self.capacity, len(self._blocks)
 
-        def zeros(width: int) -> Tensor:
+        def factors(width: int) -> Tensor:
+            # Not zeros: nothing reads a slot before it is written, and the host gives a page of
+            # memory to nobody before.
             shape = (count, capacity.low_rank_slots, capacity.low_rank, width)
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
 
         # Written later, maybe outside of inference mode, whatever mode this is.
         with torch.inference_mode(mode=False):
             fc, proj = self._blocks[0]
             return _Slots(
-                (zeros(fc.inputs), zeros(proj.inputs)),
-                (zeros(fc.outputs), zeros(proj.outputs)),
+                (factors(fc.inputs), factors(proj.inputs)),
+                (factors(fc.outputs), factors(proj.outputs)),
                 torch.zeros(capacity.low_rank_slots, device=self._device),
                 torch.full((count, capacity.paths), -1, dtype=torch.int64, device=self._device),
             )
