@@ -146,7 +146,7 @@ def add_low_rank_(
             launch table has no room for.
     """
     _check_low_rank(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
-    if x_BLI.device.type == "cuda":
+    if x_BLI.device.type in ("cuda", "meta"):  # the plain definition reads its slots
         add_low_rank_cuda_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)
         return y_BLO
     return reference.add_low_rank_(y_BLO, x_BLI, slots_B, down_SRI, up_SRO, scale_S)

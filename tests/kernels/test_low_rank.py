@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -149,10 +150,11 @@ def test_a_wrong_value_is_refused_with_the_value(name: str, value: Tensor, messa
         add_low_rank_(**(arguments(USUAL) | {name: value}))
 
 
-def test_a_device_is_traced_without_one() -> None:
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_a_device_is_traced_without_one(device: str) -> None:
     args = arguments(replace(USUAL, dtype=torch.bfloat16))
-    with FakeTensorMode():
-        fake = {n: torch.empty(t.shape, dtype=t.dtype, device="cuda") for n, t in args.items()}
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        fake = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in args.items()}
         assert add_low_rank_(**fake) is fake["y_BLO"]
         y_BLO = low_rank(**{name: fake[name] for name in UPDATE})
-    assert (y_BLO.device.type, y_BLO.shape, y_BLO.dtype) == ("cuda", (6, 7, 48), torch.bfloat16)
+    assert (y_BLO.device.type, y_BLO.shape, y_BLO.dtype) == (device, (6, 7, 48), torch.bfloat16)
