@@ -96,7 +96,7 @@ class Neighbours:
         found = min(k, T)
         near_BK, order_BK = ranked_BT[:, :found], order_BT[:, :found]
         similarity_BK[:, :found] = near_BK
-        paths_BK[:, :found] = torch.where(near_BK.isfinite(), self._paths_T[order_BK], NOBODY)
+        paths_BK[:, :found] = self._paths_T[order_BK].masked_fill(~near_BK.isfinite(), NOBODY)
         return paths_BK, similarity_BK
 
     def _sort(self) -> None:
