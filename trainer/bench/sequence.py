@@ -68,7 +68,8 @@ def run(
             make_folder(file.parent)
             save(_measured(course, methods, command), file)
         records.append(load(file))
-    write_report(folder, records)
+    # Several processes may have made them, a seed each; this call is what makes them all.
+    write_report(folder, [replace(record, command=command) for record in records])
     return records
 
 
