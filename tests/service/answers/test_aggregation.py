@@ -5,20 +5,25 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import httpx
 import pytest
 import torch
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from medley.backbone import Backbone
+from medley.bundle import write_bundle
 from medley.classifier import MAX_NEAREST
+from service.app import create_app
 from service.commands import commands
+from service.settings import Settings
 from service.wire.schemas import MAX_NEIGHBOURS
 from tests.service.answers.test_inference import Client, asked, held, running, service_of, until
 from tests.service.answers.test_inference import value as value_in
-from tests.service.conftest import MakeBundle, OpenApp, StartServer
+from tests.service.conftest import MakeBundle, OpenApp, ServerProcess
+from tests.service.fused import made_fusion
 from tests.service.made import image_bytes
 from tests.service.routes.test_classify import b64
 from tests.service.signals.test_signals import value
@@ -44,10 +49,13 @@ def serve(http: httpx.Client, make: MakeBundle, **tasks: dict[str, Any]) -> None
 
 @pytest.fixture(scope="module")
 def served(
-    tmp_path_factory: pytest.TempPathFactory, start_server: StartServer, make: MakeBundle
+    tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, make: MakeBundle
 ) -> Iterator[httpx.Client]:
-    """A server of tasks that claim nothing, which aggregates where a request says so."""
-    with start_server(tmp_path_factory.mktemp("served")) as server, server.client() as http:
+    """An app of tasks that claim nothing, which aggregates where a request says so."""
+    store = tmp_path_factory.mktemp("served")
+    app = create_app(Settings(store=store, buckets=(4,)), backbone=backbone)
+    with TestClient(app) as client:
+        http = cast(httpx.Client, client)
         serve(http, make, **TASKS)
         yield http
 
@@ -210,21 +218,23 @@ def test_every_form_and_protocol_can_ask_for_it(served: httpx.Client, image: byt
 
 
 def test_the_commands_can_ask_for_it_and_show_who_answers(
-    served: httpx.Client, image: bytes, tmp_path: Path
+    server: ServerProcess, make: MakeBundle, image: bytes, tmp_path: Path
 ) -> None:
     picture = tmp_path / "picture.png"
     picture.write_bytes(image)
-    words = [str(picture), "--unclaimed", "aggregate", "--neighbours", "1"]
-    url = ["--url", str(served.base_url)]
+    labels = [word for label in NEW for word in ("--label", label)]
+    words = [str(picture), *labels, "--url", server.url]
     runner = CliRunner(env={"COLUMNS": "200"})
-    nearest = members(ask(served, image, **AGGREGATE))[1]
+    with server.client() as http:
+        serve(http, make, near={})
+        asked = [*words, "--unclaimed", "aggregate", "--neighbours", "1"]
+        shown = runner.invoke(commands, ["classify", *asked])
+        routed = runner.invoke(commands, ["route", *asked])
+        wrong = runner.invoke(commands, ["classify", *words, "--unclaimed", "all"])
+        http.delete("/v1/tasks/near").raise_for_status()
 
-    shown = runner.invoke(commands, ["classify", *words, *url])
-    routed = runner.invoke(commands, ["route", *words, *url])
-    wrong = runner.invoke(commands, ["classify", str(picture), "--unclaimed", "all", *url])
-
-    assert f"zero-shot 50%, {nearest}@1 50% (union)" in shown.stdout
-    assert f"zero-shot 50%, {nearest}@1 50%" in routed.stdout
+    assert "zero-shot 50%, near@1 50% (request)" in shown.stdout
+    assert "zero-shot 50%, near@1 50%" in routed.stdout
     assert wrong.exit_code == 2
     assert wrong.stderr.count("\n") == 1
 
@@ -254,16 +264,36 @@ def test_what_makes_no_sense_is_refused_on_every_protocol(
         assert where in response.json()["errors"][0]["where"]
 
 
-def test_mixed_requests_are_answered_byte_for_byte_as_each_alone(
-    open_app: OpenApp, make: MakeBundle
+def serve_fusion(
+    http: httpx.Client, folder: Path, backbone: Backbone, method: Literal["lora", "finetune"]
 ) -> None:
-    """Claimed, named, zero-shot and aggregated images meet in batches, neighbours' rows too."""
+    """Serve a task with prototypes of another method, by whose name it is called."""
+    made, task = made_fusion(folder, backbone, [method], method=method), method
+    unified = http.put(f"/v1/unified/{made.digest}", content=made.path.read_bytes())
+    assert unified.status_code == 201
+    bundle, path = made.bundles[task], folder / "near.safetensors"
+    manifest = bundle.manifest.model_copy(update={"prototypes": True})
+    random = torch.Generator().manual_seed(len(task))
+    drawn_CE = torch.randn(bundle.tensors["class_text_features"].shape, generator=random)
+    prototypes_CE = torch.nn.functional.normalize(drawn_CE, dim=-1)
+    write_bundle(manifest, {**bundle.tensors, "prototypes": prototypes_CE}, path)
+    registered = http.put(f"/v1/tasks/{task}/versions/1", content=path.read_bytes())
+    assert registered.status_code == 201, registered.text
+
+
+def test_mixed_requests_are_answered_byte_for_byte_as_each_alone(
+    open_app: OpenApp, make: MakeBundle, backbone: Backbone, tmp_path: Path
+) -> None:
+    """Tasks of every method, claimed, named or neighbours, and zero-shot meet in batches."""
+    most = {"labels": NEW, "neighbours": MAX_NEIGHBOURS} | AGGREGATE
     kinds: list[dict[str, object]] = [
-        {"labels": ["cat"]},  # pets claim them
+        {"labels": ["cat"]},  # some task of pets claims them
         {"model": "birds"},
+        {"model": "lora"},
+        {"model": "finetune"},
         {"model": "base"},
         {"labels": NEW},
-        {"labels": NEW, **AGGREGATE},
+        most,
         {"labels": NEW, **AGGREGATE, "neighbours": 1},
         {"labels": ["owl", "eel"], **AGGREGATE, "templates": ["{}?"], "explain": True},
     ]
@@ -274,18 +304,23 @@ def test_mixed_requests_are_answered_byte_for_byte_as_each_alone(
         return ask(http, request[0], **request[1])
 
     with open_app(max_wait_ms=20, buckets=(8,)) as http:
-        serve(http, make, **TASKS, pets={"threshold": float("inf")})
+        serve(http, make, **TASKS, pets={"threshold": float("inf"), "prototypes": False})
+        serve_fusion(http, tmp_path / "lora", backbone, "lora")
+        serve_fusion(http, tmp_path / "finetune", backbone, "finetune")
         alone = [answer(request) for request in requests]
         forwards = value(http, "medley_batch_images_count")
         with ThreadPoolExecutor(len(requests)) as pool:
             mixed = list(pool.map(answer, requests))
         shared = value(http, "medley_batch_images_count") - forwards
-        several = ask_all(http, images, labels=NEW, **AGGREGATE)
+        several = ask_all(http, images, **most)
 
     assert mixed == alone
     assert shared < len(requests), "they have met"
-    assert several == [a for a, (_, kind) in zip(alone, requests, strict=True) if kind == kinds[4]]
-    assert [len(members(a)) for a in alone[12:]] == [5] * 3 + [2] * 3 + [5] * 3
+    aggregated = alone[-9:]
+    assert several == aggregated[:3]
+    everybody = {"zero_shot", "lora", "finetune", *WITH_PROTOTYPES}
+    assert [set(members(answer)) for answer in aggregated[:3]] == [everybody] * 3
+    assert [len(members(answer)) for answer in aggregated[3:]] == [2] * 3 + [5] * 3
 
 
 def ask_all(http: httpx.Client, images: list[bytes], **fields: object) -> list[dict[str, Any]]:
