@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -39,7 +38,7 @@ RECEIVED: dict[int | str, dict[str, Any]] = {
 async def list_unified(service: CurrentService) -> UnifiedModelsAnswer:
     """All unified models that versions name, or that wait to be named."""
     desired = service.tasks.live.snapshot.desired
-    found = await asyncio.to_thread(service.unified.all, desired)
+    found = await service.unified.all(desired)
     return UnifiedModelsAnswer(
         generation=desired.generation, unified=[_answer(one) for one in found]
     )
@@ -57,11 +56,11 @@ async def put_unified(digest: Digest, request: Request, service: CurrentService)
     body = body_of(
         request, max_bytes=settings.max_unified_bytes, timeout_s=settings.upload_timeout_s
     )
-    new = await service.unified.receive(digest, body, service.tasks.live.snapshot.desired)
+    desired = service.tasks.live.snapshot.desired
+    received, new = await service.unified.receive(digest, body, desired)
     await service.tasks.retry_from(digest)
-    found = await asyncio.to_thread(service.unified.all, service.tasks.live.snapshot.desired)
-    (answer,) = (_answer(one) for one in found if one.digest == digest)
-    return JSONResponse(answer.model_dump(), HTTPStatus.CREATED if new else HTTPStatus.OK)
+    answer = _answer(received).model_dump()
+    return JSONResponse(answer, HTTPStatus.CREATED if new else HTTPStatus.OK)
 
 
 def _answer(model: UnifiedModel) -> UnifiedAnswer:

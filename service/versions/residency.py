@@ -135,12 +135,6 @@ class Residency:
         """How often loading a version has failed since it last did not."""
         return self._attempts[key]
 
-    @property
-    def digests(self) -> frozenset[str]:
-        """Bundles that are served here, or about to be."""
-        served = (record.digest for record in self.live.snapshot.desired.versions)
-        return frozenset(served) | self._ahead.keys()
-
     async def bring(self, key: Key, *, again: bool = False) -> None:
         """Have a version on the device; counts as a use. However many ask, it is loaded once.
 

@@ -25,6 +25,7 @@ __all__ = ["UnifiedModel", "UnifiedModels"]
 
 KEPT_S = 30.0  # in memory after its last use: versions of one fusion are loaded in a row
 WAITS_S = 3600.0  # on the disk for the first version that names it
+Method = Literal["lora", "finetune"]
 DAMAGED = frozenset({"not_safetensors", "truncated", "not_a_bundle", "damaged"})
 
 
@@ -33,7 +34,7 @@ class UnifiedModel:
     """What can be said of one now."""
 
     digest: str
-    method: Literal["lora", "finetune"]
+    method: Method
     here: bool
     size_bytes: int | None
     versions: tuple[str, ...]  # that name it, as task@version
@@ -43,7 +44,7 @@ class UnifiedModel:
 class _Waiting:
     """Taken in, and named by no version yet."""
 
-    method: Literal["lora", "finetune"]
+    method: Method
     since_s: float  # by `time.monotonic`
 
 
@@ -88,23 +89,28 @@ class UnifiedModels:
             self._let_go()
             return self._keep(await asyncio.to_thread(self._read, digest))
 
-    async def receive(self, digest: str, chunks: AsyncIterator[bytes], desired: Desired) -> bool:
+    async def receive(
+        self, digest: str, chunks: AsyncIterator[bytes], desired: Desired
+    ) -> tuple[UnifiedModel, bool]:
         """Take one in, for versions to name; bytes that are here already are written anew.
 
         Returns:
-            whether it was not here.
+            it, and whether it was not here before.
 
         Raises:
             BundleError: it is no unified model, or one for another backbone.
             RequestError: it has another digest.
             PayloadError, StorageError, UnavailableError: too large, or the store does not take it.
         """
-        await asyncio.to_thread(self._forget, desired)
+        await self._forget(desired)
         with self._store.upload(self._max_bytes) as upload:
             async for chunk in chunks:
                 await asyncio.to_thread(upload.write, chunk)
             await asyncio.to_thread(upload.finish)
-            return await self._take_in(upload, digest)
+            unified, new = await self._take_in(upload, digest)
+        versions = tuple(_named(desired).get(digest, ()))
+        method, size_bytes = unified.manifest.method, upload.size_bytes
+        return UnifiedModel(digest, method, True, size_bytes, versions), new
 
     async def fetch(self, digest: str, bundle: str, sources: Sources) -> None:
         """Have one that a bundle names which came from an address; it is looked for beside it.
@@ -122,60 +128,58 @@ class UnifiedModels:
                 raise _missing(digest) from error
             await self._take_in(upload, digest)
 
-    def all(self, desired: Desired) -> list[UnifiedModel]:
-        """Those that versions name, and those that wait to be; by digest. Looks at the disk."""
+    async def all(self, desired: Desired) -> list[UnifiedModel]:
+        """Those that versions name, and those that wait to be; by digest."""
+        versions = _named(desired)
         methods = {digest: one.method for digest, one in self._waiting.items()}
-        versions: dict[str, list[str]] = {digest: [] for digest in methods}
-        for record in desired.versions:
-            if record.unified:
-                methods[record.unified] = "lora" if record.method == "lora" else "finetune"
-                versions.setdefault(record.unified, []).append(f"{record.task}@{record.version}")
-        found = [self._model(d, methods[d], tuple(versions[d])) for d in sorted(versions)]
+        methods |= {r.unified: _method(r) for r in desired.versions if r.unified}
+
+        def look() -> list[UnifiedModel]:
+            return [
+                self._model(digest, methods[digest], tuple(versions.get(digest, ())))
+                for digest in sorted(methods)
+            ]
+
+        found = await asyncio.to_thread(look)
         return [one for one in found if one.here or one.versions]
 
-    async def _take_in(self, upload: Upload, digest: str) -> bool:
+    async def _take_in(self, upload: Upload, digest: str) -> tuple[Unified, bool]:
         async with self._reading:
             self._let_go()
             unified = await asyncio.to_thread(self._verify, upload, digest)
-            new = not self._store.path(digest).exists()
-            await asyncio.to_thread(self._store.keep, upload, digest)
-            self._keep(unified)
+        new = not self._store.path(digest).exists()
+        await asyncio.to_thread(self._store.keep, upload, digest)
+        self._keep(unified)
         self._waiting[digest] = _Waiting(unified.manifest.method, time.monotonic())
-        return new
+        return unified, new
 
-    def _model(
-        self, digest: str, method: Literal["lora", "finetune"], versions: tuple[str, ...]
-    ) -> UnifiedModel:
+    def _model(self, digest: str, method: Method, versions: tuple[str, ...]) -> UnifiedModel:
         try:
             size_bytes = self._store.path(digest).stat().st_size
         except FileNotFoundError:
             return UnifiedModel(digest, method, False, None, versions)
         return UnifiedModel(digest, method, True, size_bytes, versions)
 
-    def _forget(self, desired: Desired) -> None:
+    async def _forget(self, desired: Desired) -> None:
         """Remove what nobody has named in all that time."""
-        for digest, one in list(self._waiting.items()):
-            if digest in desired.files:
-                del self._waiting[digest]
-            elif time.monotonic() - one.since_s > WAITS_S:
-                self._store.remove(digest)
-                del self._waiting[digest]
+        early_s = time.monotonic() - WAITS_S
+        self._waiting = {d: one for d, one in self._waiting.items() if d not in desired.files}
+        for digest in [d for d, one in self._waiting.items() if one.since_s < early_s]:
+            del self._waiting[digest]
+            await asyncio.to_thread(self._store.remove, digest)
 
     def _read(self, digest: str) -> Unified:
         try:
             path = self._store.fetch(digest)
-        except BundleError as error:
-            if error.code == "bundle_lost":
-                raise _missing(digest) from error
-            raise
-        if not path.exists():
-            raise _missing(digest)
-        try:
+            if not path.exists():
+                raise _missing(digest)
             with self._metrics.bundle_load_s.labels("verify").time():
                 unified = read_unified(path, max_bytes=self._max_bytes)
             if unified.digest != digest:
                 raise BundleError(["it is another one"], code="damaged")
         except BundleError as error:
+            if error.code == "bundle_lost":
+                raise _missing(digest) from error
             if error.code not in DAMAGED:
                 raise
             self._store.remove(digest)  # as good as none, so that it is asked for again
@@ -206,6 +210,19 @@ class UnifiedModels:
         if self._letting_go is not None:
             self._letting_go.cancel()
         self._last, self._letting_go = None, None
+
+
+def _named(desired: Desired) -> dict[str, list[str]]:
+    """Who names each unified model, as task@version."""
+    found: dict[str, list[str]] = {}
+    for record in desired.versions:
+        if record.unified:
+            found.setdefault(record.unified, []).append(f"{record.task}@{record.version}")
+    return found
+
+
+def _method(record: VersionRecord) -> Method:
+    return "lora" if record.method == "lora" else "finetune"
 
 
 def _missing(digest: str) -> BundleError:

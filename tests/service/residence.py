@@ -136,12 +136,14 @@ async def residence(
     unload_s: float = 10.0,
     batch: int = 4,
     shared: Path | None = None,
+    **room: int,
 ) -> AsyncIterator[Residence]:
     """A residency with room for `paths` versions, `slots` experts a block, `batch` images.
 
-    With `shared`, the bundles are there, and its own folder is a cache.
+    With `shared`, the bundles are there, and its own folder is a cache. `room` is more of
+    `Capacity`.
     """
-    capacity = Capacity(paths=paths, slots=slots)
+    capacity = Capacity(paths=paths, slots=slots, **room)
     classifier = Classifier(RoutedModel(backbone, capacity=capacity), buckets=(batch,))
     bundles = None if shared is None else SharedStore(Blobs(str(shared), timeout_s=10))
     metrics, store = Metrics(), BundleStore(folder, bundles)

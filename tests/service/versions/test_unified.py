@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ def fusion(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> Made
 def play(tmp_path: Path, backbone: Backbone) -> Callable[..., None]:
     """Run a story on a replica; its shared store is empty, if it is told to have one."""
 
-    def played(story: Story, *, shared: bool = False) -> None:
+    def played(story: Story, *, shared: bool = False, **room: int) -> None:
         async def main() -> None:
-            place = tmp_path / "shared" if shared else None
-            async with residence(tmp_path / "store", backbone, paths=8, shared=place) as here:
+            place, own = tmp_path / "shared" if shared else None, tmp_path / "store"
+            async with residence(own, backbone, paths=8, shared=place, **room) as here:
                 await story(here)
 
         asyncio.run(main())
@@ -42,9 +43,9 @@ def play(tmp_path: Path, backbone: Backbone) -> Callable[..., None]:
 
 def record_of(made: Made, task: str) -> VersionRecord:
     data = made.file(task).read_bytes()
-    return VersionRecord(
-        task, "1", made.bundles[task].digest, "2026", len(data), "lora", made.digest
-    )
+    bundle = made.bundles[task]
+    method = bundle.manifest.method
+    return VersionRecord(task, "1", bundle.digest, "2026", len(data), method, made.digest)
 
 
 def state(generation: int, *records: VersionRecord) -> Desired:
@@ -82,6 +83,32 @@ def test_one_reading_serves_all_versions_of_a_fusion_that_are_loaded_in_a_row(
         assert reads(here) == len(fusion.bundles) + 1
 
     play(story)
+
+
+def test_versions_take_turns_in_the_room_of_their_kind_and_leave_others_alone(
+    play: Callable[..., None], fusion: Made, make: MakeBundle, backbone: Backbone, tmp_path: Path
+) -> None:
+    whole = made_fusion(tmp_path / "whole", backbone, ("x", "y"), method="finetune")
+    of = {task: made for made in (fusion, whole) for task in made.bundles}
+
+    async def story(here: Residence) -> None:
+        await here.register(make(task="pets")[1])
+        for made in (fusion, whole):
+            here.store.path(made.digest).write_bytes(made.path.read_bytes())
+        records = [record_of(made, task) for task, made in of.items()]
+        for task, made in of.items():
+            here.keep(made.bundles[task], made.file(task).read_bytes())
+        here.want(replace(here.desired, versions=(*here.desired.versions, *records)))
+        first = {task: await here.ask((task, "1")) for task in of}
+        assert here.on_device == {"pets@1", "c@1", "y@1"}
+        for kind in ("low_rank", "model"):
+            assert here.metric("medley_fused_slots", kind=kind, state="free") == 0
+        again = {task: await here.ask((task, "1")) for task in reversed(of)}
+        assert all(torch.equal(first[task], again[task]) for task in of)
+        assert len({tuple(features.tolist()) for features in first.values()}) == len(of)
+        assert here.on_device == {"pets@1", "a@1", "x@1"}
+
+    play(story, low_rank_slots=1, models=1)
 
 
 def test_one_that_is_in_memory_and_no_more_on_the_disk_is_missing(
