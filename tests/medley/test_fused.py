@@ -16,9 +16,17 @@ from medley.fused import FusedBlock, fast_pass
 from medley.mini import load_mini
 from medley.pool import Capacity
 from medley.precision import Precision, dtype_of
-from medley.routed import ZERO_SHOT, RoutedModel
+from medley.routed import ZERO_SHOT, PackedTask, RoutedModel
 from medley.tower import image_tower, text_tower
-from tests.models import random_experts, timm_backbone, tiny_backbone, tiny_clip
+from medley.whole import PackedWeights
+from tests.models import (
+    VISION_WIDTH,
+    random_experts,
+    random_low_rank,
+    timm_backbone,
+    tiny_backbone,
+    tiny_clip,
+)
 
 CAPACITY = Capacity(paths=4, slots=12, experts=4, bottleneck=8, max_top_k=2)
 FAST: tuple[Precision, ...] = ("fp32", "bf16")
@@ -262,6 +270,9 @@ def test_a_forward_neither_reads_back_nor_brings_a_tensor_from_the_host(
     It proves nothing about what a kernel does inside.
     """
     model = without_values(tiny_backbone(), precision)
+    model.load(random_low_rank(tiny_backbone(), first_block=1))
+    own = {"visual.transformer.resblocks.1.mlp.c_fc.bias": torch.zeros(4 * VISION_WIDTH)}
+    model.load(PackedTask({"weights": PackedWeights(own, None, 1, 0)}, first_block=1))
     pixels = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="meta")
     paths = torch.zeros(4, dtype=torch.int64, device="meta")
     taps = ["stem:mean_std", "block1:mean", "block3:mean", "embedding"]
