@@ -328,10 +328,13 @@ def _case(
 
 
 def _print_outcome(told: Console, report: dict[str, Any], path: Path) -> None:
+    from trainer.run import unified_row
+
     table = Table(show_header=False)
     rows = {
         "bundle": f"{path} ({report['size_bytes'] / 1e6:.2f} MB)",
         "digest": report["digest"],
+        **unified_row(report),
         **{name.replace("_", " "): f"{value:.1%}" for name, value in report["metrics"].items()},
         "refuses of its own": _refuses(report["selector"]),
         "time": f"{report['training_s']} s training, {report['export_s']} s calibration",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from trainer.product import Product, of_experts, of_trigger
 from trainer.settings import TrainSettings
 from trainer.training import History, Trained, Watcher, train
 
-__all__ = ["Outcome", "learn", "training_parts"]
+__all__ = ["Outcome", "learn", "training_parts", "unified_row"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def learn(
     )
     report = (
         _report(bundle, path, images, trained.history)
-        | left.report()
+        | left.report(folder)
         | {
             "training_s": round(trained_s - started_s, 1),
             "export_s": round(time.monotonic() - trained_s, 1),
@@ -140,15 +140,17 @@ class _Left:
     usage: Usage | None = None  # of experts
     unified: Unified | None = None  # of deltas
 
-    def report(self) -> dict[str, Any]:
-        """What only some methods have to report."""
+    def report(self, folder: Path) -> dict[str, Any]:
+        """What only some methods have to report; files are in `folder`."""
         found: dict[str, Any] = {}
         if self.usage is not None:
             found |= _usage_report(self.usage, self.product)
         if self.unified is not None:
+            file = unified_name(self.unified.digest)
             found["unified"] = {
-                "file": unified_name(self.unified.digest),
+                "file": file,
                 "digest": self.unified.digest,
+                "size_bytes": (folder / file).stat().st_size,
                 "elements": self.unified.elements,
             }
         return found
@@ -260,6 +262,14 @@ def _write_reports(
         write_whole(folder / "usage.png", usage_png(usage))
 
 
+def unified_row(report: Mapping[str, Any]) -> dict[str, str]:
+    """The row of a table that names the unified model, if there is one: both must be carried."""
+    if "unified" not in report:
+        return {}
+    file, size_bytes = report["unified"]["file"], report["unified"]["size_bytes"]
+    return {"unified model": f"{file}, {size_bytes / 1e6:.2f} MB"}
+
+
 def _at(alpha: float | None) -> str:
     return "" if alpha is None else f" at alpha {alpha:.3g}"
 
@@ -270,7 +280,7 @@ def _markdown(report: dict[str, Any]) -> str:
     rows = {
         "bundle": f"{report['bundle']}, {report['size_bytes'] / 1e6:.2f} MB",
         "digest": report["digest"],
-        **({"unified model": report["unified"]["file"]} if "unified" in report else {}),
+        **unified_row(report),
         "backbone": f"{report['backbone']['name']}, {report['backbone']['fingerprint']}",
         "data": f"{report['images']} images of {report['classes']} classes",
         "seconds": f"{report['training_s']} to train, {report['export_s']} to calibrate and export",

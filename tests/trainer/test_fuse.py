@@ -139,6 +139,9 @@ def test_a_task_is_learnt_into_a_bundle_and_its_unified_model(
         assert fusion is not None
         assert (fusion.unified, fusion.rescaler) == (unified.digest, 1.0)
         assert fusion.tasks == (f"{task}@1",)
+        assert outcome.report["unified"]["size_bytes"] == outcome.unified_path.stat().st_size
+        report = (outcome.path.with_suffix("") / "report.md").read_text()
+        assert f"| unified model | {outcome.unified_path.name}, 0." in report
         assert outcome.report["metrics"]["held_out_accuracy"] > 0.9
         assert told(backbone, [bundle], [unified])[task] > 0.9
 
