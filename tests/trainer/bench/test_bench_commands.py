@@ -45,6 +45,7 @@ def test_classes_that_arrive_in_steps_give_a_table_and_a_picture(
         (("mtil", "--suite", "large"), "Invalid value"),
         (("mtil", "--protocol", "oracle"), "Invalid value"),
         (("mtil", "--method", "magic"), "Invalid value"),
+        (("mtil", "--redundancy", "magic"), "Invalid value"),
         (("mtil", "--suite", "mtil", "--root", "nowhere", "--order", "pets"), "nowhere"),
         (("mtil", "--shots", "0"), "Invalid value"),
         (("cil", "no-such-folder"), "no-such-folder"),
