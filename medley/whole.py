@@ -1,8 +1,8 @@
 """Paths with weights of their own: for each a copy of the towers that shares what does not change.
 
-Such a path costs what a model costs: the memory of its own weights, and a pass of its own over every
-batch in which one of its rows may be. On a CPU that is where one is; on a GPU, where nothing is
-read back, every batch. Only `pack` may run on any thread.
+Such a path costs what a model costs: the memory of its own weights, and a pass of its own over
+every batch in which one of its rows may be. On a CPU that is where one is; on a GPU, where nothing
+is read back, every batch. Only `pack` may run on any thread.
 
 Legend: B rows, N prompts, L tokens, E joint embedding width.
 """
