@@ -114,6 +114,24 @@ def test_linear_experts_are_in_no_bundle(
     assert "kept" not in cells["linear", "warm", 0]
 
 
+def test_lora_is_compared_as_experts_are(backbone: Backbone, tmp_path: Path) -> None:
+    shared = {**QUICK, "method": "lora", "bottleneck": 16}
+    which = Ablation(
+        name="ranks",
+        question="Apart?",
+        kind="learning",
+        tasks=("warm",),
+        arms=lambda _: {"off": {}, "apart": {"redundancy": "weight", "redundancy_weight": 1.0}},
+        base=shared,
+        against="off",
+    )
+    cells = run(which, backbone, tmp_path, seeds=(0,))
+    off, apart = cells["off", "warm", 0], cells["apart", "warm", 0]
+    assert apart["weight"] < off["weight"]
+    assert "kept" not in off
+    assert off["stored parameters"] == apart["stored parameters"] > 0
+
+
 def test_an_interrupted_ablation_ends_in_the_same_numbers(
     backbone: Backbone,
     finished: tuple[Path, dict[tuple[str, str, int], dict[str, float]]],
