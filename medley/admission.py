@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from medley.backbone import Backbone
 from medley.bundle import Bundle
 from medley.classifier import Ask, Classifier, logits
 from medley.decoupled import task_update
@@ -44,9 +45,8 @@ class PackedBundle:
         return self.task.size_bytes + sum(tensor.nbytes for tensor in tensors)
 
 
-def backbone_ref(classifier: Classifier) -> BackboneRef:
-    """Describe the backbone of a classifier as a manifest names it."""
-    backbone = classifier.model.backbone
+def backbone_ref(backbone: Backbone) -> BackboneRef:
+    """Describe a backbone as a manifest names it."""
     return BackboneRef(
         name=backbone.name,
         fingerprint=backbone.fingerprint,
@@ -180,7 +180,7 @@ def retire(path: int, classifier: Classifier) -> None:
 
 def _check_backbone(bundle: Bundle, classifier: Classifier) -> None:
     manifest, backbone = bundle.manifest, classifier.model.backbone
-    ours = backbone_ref(classifier)
+    ours = backbone_ref(backbone)
     problems = [
         f"{name}: made for {getattr(manifest.backbone, name)}, this backbone has {value}"
         for name, value in ours

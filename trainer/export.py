@@ -146,7 +146,7 @@ def export(
         version=label.version,
         class_names=train.class_names,
         templates=train.templates,
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         first_expert_block=model.first_expert_block,
         **product.described(),
         prototypes=True,

@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 
-from medley.admission import retire
+from medley.admission import backbone_ref, retire
 from medley.backbone import Backbone
 from medley.bundle import Bundle, selector_tensors, write_bundle
 from medley.classifier import Classifier
 from medley.decoupled import deltas_of
 from medley.errors import BundleError, DataError
 from medley.fusion import Rescale, Trigger, unify
-from medley.manifest import BackboneRef, Manifest
+from medley.manifest import Manifest
 from medley.routed import RoutedModel
 from medley.unified import Unified, UnifiedManifest, unified_name, write_unified
 from trainer.capacity import capacity_for
@@ -87,12 +87,7 @@ def fuse_alone(
     fusion = unify([learner.deltas()])
     manifest = UnifiedManifest(
         method="lora" if lora else "finetune",
-        backbone=BackboneRef(
-            name=backbone.name,
-            fingerprint=backbone.fingerprint,
-            image_size=backbone.image_size,
-            embed_dim=backbone.embed_dim,
-        ),
+        backbone=backbone_ref(backbone),
         first_expert_block=learner.first_image_block,
         rank=settings.bottleneck if lora else None,
         scale=settings.bottleneck**-0.5 if lora else None,

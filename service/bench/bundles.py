@@ -88,7 +88,7 @@ def write_task(
         version=version,
         class_names=tuple(class_names),
         templates=(TEMPLATE,),
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         first_expert_block=first_block(backbone),
         **part.fields,
         prototypes=True,

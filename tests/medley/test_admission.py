@@ -43,7 +43,7 @@ def learnt_bundle(
     path = classifier.model.load(experts)
     manifest, tensors = tiny_bundle(
         seed=seed,
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         vision=experts.vision,
         text=experts.text,
         selector=replace(selector, threshold=1e9),

@@ -127,7 +127,7 @@ def bundle_with(backbone: Backbone, extractor: Extractor, path: Path) -> Bundle:
     route = classifier.model.load(experts)
     classifier.selectors.add(route, selector)
     manifest, tensors = tiny_bundle(
-        backbone=backbone_ref(classifier), vision=experts.vision, text=experts.text
+        backbone=backbone_ref(classifier.model.backbone), vision=experts.vision, text=experts.text
     )
     names = manifest.class_names
     class_text_CE = class_text_features(classifier.model, names, manifest.templates, route)

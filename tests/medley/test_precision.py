@@ -35,7 +35,7 @@ def bundle() -> Bundle:
     path = classifier.model.load(experts)
     classifier.selectors.add(path, selector)
     manifest, tensors = tiny_bundle(
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         vision=experts.vision,
         text=experts.text,
         selector=selector,

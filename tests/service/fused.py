@@ -73,7 +73,7 @@ def made_fusion(
         folder,
         {task: _deltas(backbone, method, 100 * seed + n, rank) for n, task in enumerate(tasks)},
         method=method,
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         first_block=0 if method == "lora" else 1,
         selector=replace(selector, threshold=math.inf),
         self_test=SelfTest(images=2, tolerance=1e-4),

@@ -55,7 +55,7 @@ def make_bundle(
         class_names=class_names,
         templates=templates,
         prototypes=prototypes,
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         vision=dict(experts.vision),
         text=dict(experts.text),
         selector=selector,

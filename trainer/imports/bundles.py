@@ -137,7 +137,7 @@ def _write(
         version=source.version,
         class_names=text.class_names,
         templates=text.templates,
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         first_expert_block=0,
         bottleneck=experts.vision[0].down_ERD.shape[1],
         top_k=experts.top_k,

@@ -99,7 +99,7 @@ def _fused(
     }
     manifest = UnifiedManifest(
         method="lora" if lora else "finetune",
-        backbone=backbone_ref(classifier),
+        backbone=backbone_ref(classifier.model.backbone),
         first_expert_block=first_block(classifier.model.backbone),
         rank=RANK if lora else None,
         scale=RANK**-0.5 if lora else None,
