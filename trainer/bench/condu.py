@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,13 +43,13 @@ class Learnt:
     Attributes:
         sessions: for each task, those learnt so far as that session's fusion left them.
         once: the same, fused in one go from their own deltas.
-        alone: the same, each with a unified model of its own.
+        alone: of all tasks, each with a unified model of its own.
         costs: a task each.
     """
 
     sessions: tuple[Files, ...]
     once: tuple[Files, ...]
-    alone: tuple[Files, ...]
+    alone: Files
     costs: tuple[Cost, ...]
 
 
@@ -73,8 +73,7 @@ def learn_fusions(course: Course, method: str) -> Learnt:
         sessions.append(session)
         once.append(_fused(course, alone, folder / f"once-{len(alone)}")[0])
         costs.append(replace(cost, fuse_seconds=seconds))
-    stages = tuple(tuple(alone[: stage + 1]) for stage in range(len(alone)))
-    return Learnt(tuple(sessions), tuple(once), stages, tuple(costs))
+    return Learnt(tuple(sessions), tuple(once), tuple(alone), tuple(costs))
 
 
 def measure(course: Course, method: str, learnt: Learnt) -> tuple[list[Row], dict[str, int]]:
@@ -85,7 +84,7 @@ def measure(course: Course, method: str, learnt: Learnt) -> tuple[list[Row], dic
         method: name of the rows.
         learnt: all tasks of the course.
     """
-    bundles = [read_bundle(path) for path in learnt.alone[-1]]
+    bundles = [read_bundle(path) for path in learnt.alone]
     own = {bundle.manifest.task: bundle.selector() for bundle in bundles}
     ddas = score_router(own, course.classifier(), course.test)
     told: Rules = {("told", "told"): AlongPaths(Told(course.order, course.test))}
@@ -96,16 +95,21 @@ def measure(course: Course, method: str, learnt: Learnt) -> tuple[list[Row], dic
         ("labels", "agnostic"): AlongPaths(LabelRouter(ddas, class_names(course), naming=True)),
     }
     rules = decided | aggregation(course, bundles, ddas)
-    served_by = _Stages(course, method)
+    server = _Server(course, method)
+    (unfused,) = server.stages([learnt.alone])
+    order = course.order
+    alone = [replace(unfused, loaded=order[: stage + 1]) for stage in range(len(order))]
     rows = [
-        *served_by.rows(method, learnt.sessions, rules),
-        *served_by.rows(f"{method}-once", learnt.once, decided),
-        *served_by.rows(f"{method}-alone", learnt.alone, told),
+        *_rows(method, server.stages(learnt.sessions), rules, order),
+        *_rows(f"{method}-once", server.stages(learnt.once), decided, order),
+        *_rows(f"{method}-alone", alone, told, order),
     ]
-    return rows, served_by.mixed_batches(learnt.sessions[-1])
+    (last,) = server.stages(learnt.sessions[-1:])
+    seed = course.settings.seed
+    return rows, last.answers.mixed_batches(MIXED_IMAGES, seed, nearest=NEIGHBOURS)
 
 
-class _Stages:
+class _Server:
     """Serves the fusions of a course one after another; zero-shot is asked once."""
 
     def __init__(self, course: Course, name: str) -> None:
@@ -113,23 +117,10 @@ class _Stages:
         counted = course.bars.counting(f"{name}: images along the paths they take")
         self._zero_shot = Answers(course.classifier(), {}, course.test, on_images=counted)
 
-    def rows(self, name: str, stages: Sequence[Files], rules: Rules) -> list[Row]:
-        order = self._course.order
-        return [
-            Row(method=name, router=router, protocol=protocol, accuracy_TT=accuracy_TT)
-            for (router, protocol), accuracy_TT in matrices(
-                self._served(stages), rules, order
-            ).items()
-        ]
-
-    def mixed_batches(self, files: Files) -> dict[str, int]:
-        (stage,) = self._served([files])
-        seed = self._course.settings.seed
-        return stage.answers.mixed_batches(MIXED_IMAGES, seed, nearest=NEIGHBOURS)
-
-    def _served(self, stages: Sequence[Files]) -> Iterator[Stage]:
+    def stages(self, fusions: Sequence[Files]) -> Iterator[Stage]:
+        """A stage of each, with all tasks of the fusion loaded."""
         course = self._course
-        for files in stages:
+        for files in fusions:
             members = _members(files)
             classifier, paths = served(
                 [member.bundle for member in members],
@@ -140,6 +131,13 @@ class _Stages:
             answers = self._zero_shot.again(classifier, paths)
             yield Stage(course.order, tuple(paths), answers, paths)
             self._zero_shot = answers.again(course.classifier(), {})
+
+
+def _rows(name: str, stages: Iterable[Stage], rules: Rules, order: Sequence[str]) -> list[Row]:
+    return [
+        Row(method=name, router=router, protocol=protocol, accuracy_TT=accuracy_TT)
+        for (router, protocol), accuracy_TT in matrices(stages, rules, order).items()
+    ]
 
 
 def _fused(course: Course, files: Sequence[Path], folder: Path) -> tuple[Files, float]:
