@@ -67,7 +67,7 @@ def _keys(method: str, who: str) -> list[Key]:
 
 
 def storage(records: Sequence[Record]) -> str:
-    """Files and seconds of each task; nothing where nothing was put into files."""
+    """Files and processor seconds of each task; nothing where nothing was put into files."""
     costs = [cost for record in records for cost in record.costs if cost.bundle_bytes]
     methods = dict.fromkeys(cost.method for cost in costs)
     if not methods:
@@ -75,8 +75,8 @@ def storage(records: Sequence[Record]) -> str:
     columns: Mapping[str, tuple[str, float, str]] = {
         "bundle, MB": ("bundle_bytes", 1e-6, ".3f"),
         "unified model, MB": ("shared_bytes", 1e-6, ".2f"),
-        "learning, s": ("seconds", 1.0, ".1f"),
-        "fusing, s": ("fuse_seconds", 1.0, ".2f"),
+        "learning, CPU s": ("cpu_seconds", 1.0, ".1f"),
+        "fusing, CPU s": ("fuse_cpu_seconds", 1.0, ".2f"),
     }
     rows = [(m, *(cost_cell(records, m, *column) for column in columns.values())) for m in methods]
     return (

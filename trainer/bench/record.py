@@ -84,7 +84,7 @@ class Cost(_Part):
     seconds: float
     cpu_seconds: float
     peak_memory_bytes: int
-    fuse_seconds: float = 0.0  # of making it one with the tasks before it
+    fuse_cpu_seconds: float = 0.0  # of making it one with the tasks before it
     bundle_bytes: int = 0
     shared_bytes: int = 0
 

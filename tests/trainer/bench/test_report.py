@@ -120,7 +120,7 @@ def aggregating() -> Record:
         for variant, points in gains.items()
     ]
     costs = tuple(
-        replace(c, bundle_bytes=2_500_000, shared_bytes=16_000_000, fuse_seconds=2.0)
+        replace(c, bundle_bytes=2_500_000, shared_bytes=16_000_000, fuse_cpu_seconds=2.0)
         for c in one.costs
         if c.method == "moe_adapter"
     )
