@@ -18,6 +18,7 @@ from medley.bundle import write_bundle
 from medley.classifier import MAX_NEAREST
 from service.app import create_app
 from service.commands import commands
+from service.commands.console import out
 from service.settings import Settings
 from service.wire.schemas import MAX_NEIGHBOURS
 from tests.service.answers.test_inference import Client, asked, held, running, service_of, until
@@ -218,13 +219,18 @@ def test_every_form_and_protocol_can_ask_for_it(served: httpx.Client, image: byt
 
 
 def test_the_commands_can_ask_for_it_and_show_who_answers(
-    server: ServerProcess, make: MakeBundle, image: bytes, tmp_path: Path
+    server: ServerProcess,
+    make: MakeBundle,
+    image: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(out, "width", 200)  # wide enough for the path of the picture
     picture = tmp_path / "picture.png"
     picture.write_bytes(image)
     labels = [word for label in NEW for word in ("--label", label)]
     words = [str(picture), *labels, "--url", server.url]
-    runner = CliRunner(env={"COLUMNS": "200"})
+    runner = CliRunner()
     with server.client() as http:
         serve(http, make, near={})
         asked = [*words, "--unclaimed", "aggregate", "--neighbours", "1"]
