@@ -55,7 +55,7 @@ class TrainSettings:
     first_expert_block: int | None = None  # None: the last quarter of the image tower
     first_text_block: int = 0  # as many as there are text blocks: the text tower stays frozen
     balance: float = 0.0  # weight of the balance loss
-    redundancy: Literal["off"] | MeasureName = "off"  # how alike groups of ranks may not be
+    redundancy: Literal["off"] | MeasureName = "off"  # what keeps groups of ranks apart
     redundancy_weight: float = 1e-2  # of its loss, after the warm-up
     redundancy_groups: int = DEFAULT_GROUPS  # of ranks of an expert; fewer where the rank is small
     redundancy_within: bool = True  # compare the groups of one expert
