@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import triton
@@ -22,7 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-__all__ = ["ARCHITECTURES", "Architecture", "Call", "Compiled", "Launch", "compiled", "source"]
+from kernels.launching import Call
+
+__all__ = ["ARCHITECTURES", "Architecture", "Compiled", "compiled", "source"]
 
 Architecture = Literal["sm_80", "sm_86", "sm_89", "sm_90"]
 ARCHITECTURES: dict[Architecture, int] = {  # and the most bytes of shared memory a program may have
@@ -41,34 +42,6 @@ _TYPES = {
     torch.bool: "i1",
 }
 _WARP_SIZE = 32
-
-
-class Launch(Protocol):
-    """What the compiler is told of a launch."""
-
-    @property
-    def num_warps(self) -> int:
-        """Warps of a program."""
-
-    @property
-    def num_stages(self) -> int:
-        """Depth of the loads' pipeline."""
-
-
-class Call(Protocol):
-    """A prepared launch; its tensors may be on the meta device, since only their types are read."""
-
-    @property
-    def arguments(self) -> Mapping[str, Tensor | float | None]:
-        """What the kernel runs on."""
-
-    @property
-    def constants(self) -> Mapping[str, int]:
-        """Its constexpr parameters."""
-
-    @property
-    def launch(self) -> Launch:
-        """How it is cut up."""
 
 
 @dataclass(frozen=True, kw_only=True)

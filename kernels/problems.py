@@ -20,6 +20,7 @@ from kernels.autoencoder_errors.table import Launch as ScoringLaunch
 from kernels.expert_mixing import fused as mixing
 from kernels.expert_mixing.reference import expert_mixing_norm
 from kernels.expert_mixing.table import Launch as MixingLaunch
+from kernels.launching import Call
 
 __all__ = ["Mixing", "Scoring"]
 
@@ -46,7 +47,7 @@ class Mixing:
         """The Triton kernel."""
         return mixing.kernel
 
-    def call(self, launch: MixingLaunch | None = None) -> mixing.Call:
+    def call(self, launch: MixingLaunch | None = None) -> Call:
         """Prepare the launch; without a row the table chooses."""
         x_BLD, paths_B, weights_S2RD, biases_SF, routers_PDE, slots_PE, top_k_P, scale_P = (
             self._branch
@@ -135,7 +136,7 @@ class Scoring:
         """The Triton kernel."""
         return scoring.kernel
 
-    def call(self, launch: ScoringLaunch | None = None) -> scoring.Call:
+    def call(self, launch: ScoringLaunch | None = None) -> Call:
         """Prepare the launch; without a row the table chooses."""
         return scoring.prepare(self._answer, *self._inputs, output=self.output, launch=launch)
 

@@ -14,16 +14,14 @@ N the features of one step, and C is rounded up to a power of two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.autoencoder_errors.table import Launch, find
+from kernels.launching import Call
 
-__all__ = ["Call", "kernel", "prepare"]
+__all__ = ["kernel", "prepare"]
 
 
 @triton.jit
@@ -122,29 +120,6 @@ def kernel(
     tl.store(errors_ptr + row_M.to(tl.int64) * T + task, error_M / F, mask=row_M < B)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One launch, prepared: what the kernel is compiled for, and what it runs on."""
-
-    grid: tuple[int]
-    arguments: dict[str, Tensor | int]
-    constants: dict[str, int]
-    launch: Launch
-
-    def run(self) -> None:
-        """Launch on the device of the tensors and the current stream; nothing for no errors."""
-        if self.grid[0] == 0:
-            return
-        with torch.cuda.device_of(self.arguments["errors_ptr"]):
-            kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.launch.num_warps,
-                num_stages=self.launch.num_stages,
-                enable_fp_fusion=True,  # said, since Triton 3.10 turns the default around
-            )
-
-
 def prepare(
     errors_BT: Tensor,
     features_BF: Tensor,
@@ -170,6 +145,7 @@ def prepare(
     _, F, C = encoder_TFC.shape
     launch = launch or find(B, C)
     return Call(
+        kernel=kernel,
         grid=(T * triton.cdiv(B, launch.block_m),),
         arguments={
             "errors_ptr": errors_BT,

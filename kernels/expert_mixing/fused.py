@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kernels.expert_mixing.table import Launch, find
 from kernels.expert_mixing.tiles import dot, read, upcast, write
+from kernels.launching import Call
 
 __all__ = [
-    "Call",
     "Norm",
     "Router",
     "expert_mixing",
@@ -306,29 +306,6 @@ class Norm:
     eps: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One launch, prepared: what the kernel is compiled for, and what it runs on."""
-
-    grid: tuple[int]
-    arguments: dict[str, Tensor | int | float | None]
-    constants: dict[str, int]
-    launch: Launch
-
-    def run(self) -> None:
-        """Launch on the device of the tensors and the current stream; nothing for no rows."""
-        if self.grid[0] == 0:
-            return
-        with torch.cuda.device_of(self.arguments["x_ptr"]):
-            kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.launch.num_warps,
-                num_stages=self.launch.num_stages,
-                enable_fp_fusion=True,  # said, since Triton 3.10 turns the default around
-            )
-
-
 def prepare(
     x_BLD: Tensor,
     y_BLD: Tensor,
@@ -370,6 +347,7 @@ def prepare(
         )
     launch = launch.fit(D)
     return Call(
+        kernel=kernel,
         grid=(B * triton.cdiv(L, launch.block_m) * launch.split,),
         arguments={
             "x_ptr": x_BLD,

@@ -10,17 +10,15 @@ the tokens of a tile and R is rounded up to a power of two; `kk_`, `nn_` are col
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.expert_mixing.table import Launch, find
 from kernels.expert_mixing.tiles import dot, read, upcast, write
+from kernels.launching import Call
 
-__all__ = ["Call", "add_low_rank_", "kernel", "prepare"]
+__all__ = ["add_low_rank_", "kernel", "prepare"]
 
 
 @triton.jit(do_not_specialize=["L", "S"])
@@ -87,29 +85,6 @@ def kernel(
             write(y_ptr, m_M[:, None] * O, nn_N, within_M, y_MN)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One launch, prepared: what the kernel is compiled for, and what it runs on."""
-
-    grid: tuple[int]
-    arguments: dict[str, Tensor | int]
-    constants: dict[str, int]
-    launch: Launch
-
-    def run(self) -> None:
-        """Launch on the device of the tensors and the current stream; nothing for no rows."""
-        if self.grid[0] == 0:
-            return
-        with torch.cuda.device_of(self.arguments["x_ptr"]):
-            kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.launch.num_warps,
-                num_stages=self.launch.num_stages,
-                enable_fp_fusion=True,  # said, since Triton 3.10 turns the default around
-            )
-
-
 def prepare(
     y_BLO: Tensor,
     x_BLI: Tensor,
@@ -127,6 +102,7 @@ def prepare(
         launch = find(B, L, hidden=R, itemsize=x_BLI.element_size())
     launch = launch.fit(inputs, outputs)
     return Call(
+        kernel=kernel,
         grid=(B * triton.cdiv(L, launch.block_m) * launch.split,),
         arguments={
             "y_ptr": y_BLO,

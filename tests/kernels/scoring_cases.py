@@ -18,8 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels.autoencoder_errors.fused import Call
 from kernels.autoencoder_errors.table import Launch
+from kernels.launching import Call
 from kernels.problems import Scoring
 
 __all__ = ["Edit", "IdleScoring", "score"]

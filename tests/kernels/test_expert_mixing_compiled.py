@@ -11,11 +11,12 @@ import torch
 from kernels.compiled import Architecture, compiled
 from kernels.expert_mixing import fused
 from kernels.expert_mixing.table import Row, find, rows
+from kernels.launching import Call
 
 BOTTLENECK = 64
 
 
-def call(row: Row, *, form: str, width: int = 768) -> fused.Call:
+def call(row: Row, *, form: str, width: int = 768) -> Call:
     """A launch at a row's own size, on the meta device."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[row.itemsize]
     B, L, E = min(row.max_rows, 64), min(row.max_tokens, 197), 32

@@ -9,6 +9,7 @@ from triton.runtime import JITFunction
 from kernels.compiled import Architecture, compiled, source
 from kernels.expert_mixing import fused_low_rank as fused
 from kernels.expert_mixing.table import Launch, find, rows
+from kernels.launching import Call
 
 Layer = tuple[int, int]
 VIT_B_16: tuple[Layer, ...] = ((768, 3072), (3072, 768))
@@ -32,7 +33,7 @@ def call(
     S: int = 16,
     R: int = 64,
     dtype: torch.dtype = torch.bfloat16,
-) -> fused.Call:
+) -> Call:
     """A launch on the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -50,7 +51,7 @@ def call(
     )
 
 
-def assert_good(prepared: fused.Call, dtype: torch.dtype, architecture: Architecture) -> None:
+def assert_good(prepared: Call, dtype: torch.dtype, architecture: Architecture) -> None:
     found = compiled(fused.kernel, prepared, architecture)
     # What is compiled for sm_80 should have room on its smaller kin too.
     assert found.fits("sm_86" if architecture == "sm_80" else architecture), found
