@@ -23,7 +23,6 @@ from torch import Tensor
 from medley import sealed
 from medley.errors import BundleError
 from medley.experts import BlockExperts, TaskExperts
-from medley.files import write_whole
 from medley.fusion import packed_bytes
 from medley.manifest import FORMAT, READABLE_FORMATS, Manifest, TowerExperts
 from medley.selector import TaskSelector
@@ -137,12 +136,7 @@ def write_bundle(manifest: Manifest, tensors: Mapping[str, Tensor], path: Path) 
     text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     data = sealed.pack(text, tensors)
     bundle = read_bundle(data)
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        raise BundleError(
-            [f"cannot write {path.name}: {error.strerror}"], code="not_written"
-        ) from error
+    sealed.write(path, data)
     return bundle
 
 
@@ -155,11 +149,7 @@ def read_bundle(source: bytes | Path, *, max_bytes: int = MAX_BUNDLE_BYTES) -> B
             `damaged` (the seal is broken), `unsupported_format`, or `bundle_invalid`: then
             `problems` lists everything in manifest and tensors that does not fit.
     """
-    data = source if isinstance(source, bytes) else _read(source, max_bytes)
-    if len(data) > max_bytes:
-        problem = f"the bundle is larger than the {max_bytes} bytes allowed"
-        raise BundleError([problem], code="too_large")
-    file = sealed.unpack(data)
+    file = sealed.read(source, what="bundle", max_bytes=max_bytes)
     manifest, problems = _parse_manifest(file.text)
     problems += _bad_values(file.tensors)
     if manifest is None:
@@ -169,15 +159,6 @@ def read_bundle(source: bytes | Path, *, max_bytes: int = MAX_BUNDLE_BYTES) -> B
     if problems:
         raise BundleError(_shortened(problems))
     return bundle
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(max_bytes + 1)
-    except OSError as error:
-        problem = f"cannot read {path.name}: {error.strerror}"
-        raise BundleError([problem], code="unreadable") from error
 
 
 def _parse_manifest(text: str) -> tuple[Manifest | None, list[str]]:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from medley.errors import BundleError
+from medley.files import write_whole
 
-__all__ = ["SealedFile", "check_seal", "pack", "parse_json", "unpack"]
+__all__ = ["SealedFile", "check_seal", "pack", "parse_json", "read", "unpack", "write"]
 
 _KEY = "medley"  # one metadata key only: safetensors writes several in random order
 _START = b'{"__metadata__":{"medley":"{\\"seal\\":\\"'
@@ -74,6 +75,32 @@ def unpack(data: bytes) -> SealedFile:
     if data[_SEAL] != _seal(data):
         raise _refusal("damaged", "the seal is broken: bytes have changed since it was written")
     return SealedFile(header.metadata[_KEY], _load(data, header))
+
+
+def read(source: bytes | Path, *, what: str, max_bytes: int) -> SealedFile:
+    """Open a sealed file of at most so many bytes.
+
+    Raises:
+        BundleError: as `unpack`, or with code `too_large`, or `unreadable` (no such file, no
+            permission); `what` is what the message calls it.
+    """
+    data = source if isinstance(source, bytes) else _bytes_of(source, max_bytes + 1)
+    if len(data) > max_bytes:
+        raise _refusal("too_large", f"the {what} is larger than the {max_bytes} bytes allowed")
+    return unpack(data)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a sealed file at `path`, whole or not at all.
+
+    Raises:
+        BundleError: with code `not_written`, such as on a full disk; nothing is left behind, an
+            older file at `path` stays.
+    """
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise _refusal("not_written", f"cannot write {path.name}: {error.strerror}") from error
 
 
 def check_seal(path: Path) -> str:
@@ -158,6 +185,14 @@ def _seal(data: bytes) -> bytes:
     digest.update(_UNSEALED.encode())
     digest.update(memoryview(data)[_SEAL.stop :])
     return digest.hexdigest().encode()
+
+
+def _bytes_of(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise _refusal("unreadable", f"cannot read {path.name}: {error.strerror}") from error
 
 
 def _plain(tensor: Tensor) -> Tensor:

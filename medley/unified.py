@@ -23,7 +23,6 @@ from torch import Tensor
 
 from medley import sealed
 from medley.errors import BundleError
-from medley.files import write_whole
 from medley.fusion import Deltas
 from medley.manifest import MAX_FLOAT32, BackboneRef, Block, Dim, Manifest, Text
 
@@ -109,11 +108,7 @@ def write_unified(
     data = sealed.pack(text, named)
     unified = read_unified(data)
     path = folder / unified_name(unified.digest)
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        problem = f"cannot write {path.name}: {error.strerror}"
-        raise BundleError([problem], code="not_written") from error
+    sealed.write(path, data)
     return unified
 
 
@@ -124,11 +119,7 @@ def read_unified(source: bytes | Path, *, max_bytes: int = MAX_UNIFIED_BYTES) ->
         BundleError: as `medley.bundle.read_bundle`; `not_unified` is a sealed file of another
             kind, `unified_invalid` one whose parts do not fit each other.
     """
-    data = source if isinstance(source, bytes) else _read(source, max_bytes)
-    if len(data) > max_bytes:
-        problem = f"the unified model is larger than the {max_bytes} bytes allowed"
-        raise BundleError([problem], code="too_large")
-    file = sealed.unpack(data)
+    file = sealed.read(source, what="unified model", max_bytes=max_bytes)
     manifest = _parse_manifest(file.text)
     deltas, start = _under(file.tensors, "unified."), _under(file.tensors, "start.")
     problems = [
@@ -188,15 +179,6 @@ def check_belongs(manifest: Manifest, unified: Unified | None) -> None:
     ]
     if problems:
         raise BundleError(problems, code="unified_mismatch")
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(max_bytes + 1)
-    except OSError as error:
-        problem = f"cannot read {path.name}: {error.strerror}"
-        raise BundleError([problem], code="unreadable") from error
 
 
 def _parse_manifest(text: str) -> UnifiedManifest:
