@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from service.bench.console import check_installed, end_in_order, err, fail, out
+from service.bench.console import check_installed, end_in_order, fail, journalled, out
 from service.bench.methods.command import methods
 from service.bench.replicas.command import replicas
 
@@ -86,13 +86,7 @@ def _measure(
     infinity: Path | None,
     quick: bool,
 ) -> None:
-    import torch
-    from rich.progress import Progress
-
-    from medley.journal import Journal
-    from medley.machine import run_of
     from service.bench.cells import FULL, QUICK
-    from service.bench.load import LoadError
     from service.bench.run import measure
     from service.bench.served import Served
 
@@ -104,21 +98,13 @@ def _measure(
         threads=threads,
     )
     plan = QUICK if quick else FULL
-    run = run_of(torch.device("cpu"), packages=("locust", "uvicorn", "fastapi"))
-    err.print(f"{run.machine}; {run.versions}", highlight=False)
-    with Progress(console=err) as progress:
-        bar = progress.add_task("serve", total=plan.steps(infinity=infinity is not None))
-        try:
-            measure(
-                Journal(folder, run),
-                plan,
-                served,
-                infinity=infinity,
-                on_step=lambda count: progress.advance(bar, count),
-            )
-        except LoadError as error:
-            progress.stop()
-            fail(str(error))
+    journalled(
+        "serve",
+        folder,
+        lambda journal, on_step: measure(journal, plan, served, infinity=infinity, on_step=on_step),
+        steps=plan.steps(infinity=infinity is not None),
+        needs="locust",
+    )
 
 
 def _sizes(text: str) -> tuple[int, ...]:

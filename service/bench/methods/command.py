@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.bench.console import check_installed, end_in_order, err, fail, out
+from service.bench.console import check_installed, end_in_order, journalled, out
 
 __all__ = ["methods"]
 
@@ -38,28 +38,16 @@ def methods(
 def _measure(folder: Path, *, backbone: str, neighbours: int, rounds: int, quick: bool) -> None:
     from dataclasses import replace
 
-    import torch
-    from rich.progress import Progress
-
-    from medley.journal import Journal
-    from medley.machine import run_of
-    from service.bench.load import LoadError
     from service.bench.methods.cells import FULL, QUICK
     from service.bench.methods.run import measure
     from service.bench.served import Served
 
     plan = QUICK if quick else replace(FULL, rounds=rounds, neighbours=neighbours)
-    run = run_of(torch.device("cpu"), packages=("locust", "uvicorn", "fastapi"))
-    err.print(f"{run.machine}; {run.versions}", highlight=False)
-    with Progress(console=err) as progress:
-        bar = progress.add_task("methods", total=plan.steps)
-        try:
-            measure(
-                Journal(folder, run),
-                plan,
-                Served(backbone=backbone, threads=1),
-                on_step=lambda count: progress.advance(bar, count),
-            )
-        except LoadError as error:
-            progress.stop()
-            fail(str(error))
+    served = Served(backbone=backbone, threads=1)
+    journalled(
+        "methods",
+        folder,
+        lambda journal, on_step: measure(journal, plan, served, on_step=on_step),
+        steps=plan.steps,
+        needs="locust",
+    )

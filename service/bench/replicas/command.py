@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.bench.console import check_installed, end_in_order, err, fail, out
+from service.bench.console import check_installed, end_in_order, journalled, out
 
 __all__ = ["replicas"]
 
@@ -35,28 +35,16 @@ def replicas(
 def _measure(folder: Path, *, backbone: str, changes: int, quick: bool) -> None:
     from dataclasses import replace
 
-    import torch
-    from rich.progress import Progress
-
-    from medley.journal import Journal
-    from medley.machine import run_of
-    from service.bench.load import LoadError
     from service.bench.replicas.cells import FULL, QUICK
     from service.bench.replicas.run import measure
     from service.bench.served import Served
 
     plan = QUICK if quick else replace(FULL, changes=changes)
-    run = run_of(torch.device("cpu"), packages=("redis", "uvicorn", "fastapi"))
-    err.print(f"{run.machine}; {run.versions}", highlight=False)
-    with Progress(console=err) as progress:
-        bar = progress.add_task("replicas", total=plan.steps)
-        try:
-            measure(
-                Journal(folder, run),
-                plan,
-                Served(backbone=backbone, threads=1),
-                on_step=lambda count: progress.advance(bar, count),
-            )
-        except LoadError as error:
-            progress.stop()
-            fail(str(error))
+    served = Served(backbone=backbone, threads=1)
+    journalled(
+        "replicas",
+        folder,
+        lambda journal, on_step: measure(journal, plan, served, on_step=on_step),
+        steps=plan.steps,
+        needs="redis",
+    )
