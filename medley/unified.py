@@ -164,7 +164,10 @@ def check_belongs(manifest: Manifest, unified: Unified | None) -> None:
     fusion, name = manifest.fusion, f"{manifest.task} {manifest.version}"
     assert fusion is not None
     if unified is None:
-        problem = f"{name} needs the unified model {fusion.unified}, which is not here"
+        problem = (
+            f"{name} needs the unified model {fusion.unified}, which is not here: "
+            f"{unified_name(fusion.unified)} belongs beside the bundle"
+        )
         raise BundleError([problem], code="unified_missing")
     theirs = unified.manifest
     problems = [
