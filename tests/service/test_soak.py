@@ -70,7 +70,7 @@ class Changes:
         return state
 
 
-@pytest.mark.parametrize("seconds", [40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_tasks_come_and_go_under_load_and_nobody_notices(
     start_server: StartServer, make: MakeBundle, image: bytes, tmp_path: Path, seconds: int
 ) -> None:
